@@ -1,0 +1,93 @@
+"""Every type that crosses a folder. numpy only: the data tools run without JAX.
+
+What flows: Conversation | Text -> Example -> Batch -> TokenOutputs -> (Mean, dict[str, Mean]).
+
+Shape suffixes: A micro-batches of a step, B rows, T positions of a row, S segments of a row.
+
+Alignment, everywhere: a per-token value at position t is about token t AS A TARGET (its weight in
+the loss, its log-probability given the tokens before it in its segment). The first token of a
+segment has nothing before it: its weight is 0, its log-probability 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Message = Mapping[str, Any]
+"""role: system | user | assistant | tool; content: str (may be "" beside tool_calls).
+Optional: reasoning_content: str; tool_calls: list of {"id", "type": "function", "function":
+{"name": str, "arguments": dict}}; tool_call_id, name: str; weight: float (assistant only)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One conversation in the normal form above, whatever format it came in."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, for this conversation alone (enable_thinking, ...)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text without a template: `prompt` is context, `completion` is trained and ends with EOS."""
+
+    completion: str
+    prompt: str = ""
+
+
+Sample = Conversation | Text
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised sequence. loss_weights[t] is the weight of token t as a target."""
+
+    tokens: np.ndarray  # int32 [n]
+    loss_weights: np.ndarray  # float32 [n]; loss_weights[0] is 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimiser step's input: A micro-batches of B rows. A pytree (see sharding.py).
+
+    segment_ids are 1..S within a row, 0 is padding; positions restart at 0 in each segment.
+    Segment s of a row (1-based in segment_ids) is entry s-1 of the per-segment arrays.
+    """
+
+    tokens: Any  # int32 [A, B, T]
+    positions: Any  # int32 [A, B, T]
+    segment_ids: Any  # int32 [A, B, T]
+    loss_weights: Any  # float32 [A, B, T]
+    example_ids: Any  # int32 [A, B, S]; index into the cache, -1 where there is no segment
+    source_ids: Any  # int32 [A, B, S]; index into the plan's source names, -1 likewise
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What the model says about each target token of one micro-batch. None: not asked for."""
+
+    logps: Any  # float32 [B, T]; log p(token t | its segment before t), 0 where not computed
+    entropy: Any = None  # float32 [B, T]; entropy in nats of the distribution token t came from
+    correct: Any = None  # float32 [B, T]; 1 where token t was the most probable one
+
+
+@dataclass(frozen=True)
+class Mean:
+    """An average that travels as (total, count): parts add up and are divided once, at the end."""
+
+    total: Any
+    count: Any
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> Any:
+        """total / count; NaN where the count is 0 (there is no average of nothing)."""
+        return self.total / self.count if self.count else float("nan")
