@@ -1,0 +1,158 @@
+"""The device mesh, the one table from logical axes to mesh axes, and its checks.
+
+An *axis* is the mesh's, a *dim* a tensor's. Every weight names its dims logically beside its shape;
+only LOGICAL_RULES says which mesh axis a logical name is laid on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from posttrain.config import Config, runtime
+from posttrain.types import Batch, Mean, TokenOutputs
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# A dim whose size its mesh axis does not divide is replicated for that tensor (partition_spec).
+LOGICAL_RULES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,  # rows of activations
+    "layers": (),  # the scanned dim of stacked weights
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "head_dim": (),
+    "norm": (),
+}
+
+for _type in (Batch, TokenOutputs, Mean):
+    jax.tree_util.register_dataclass(
+        _type, data_fields=[f.name for f in dataclasses.fields(_type)], meta_fields=[]
+    )
+
+
+class MeshConfig(Config):
+    """Sizes of the mesh axes. One of them may be -1: all the devices that the others leave."""
+
+    data: int = runtime(1, help="copies of the model, each with its own rows")
+    fsdp: int = runtime(-1, help="devices that share one copy's weights, each with its own rows")
+    tensor: int = runtime(1, help="devices that split each matmul (heads, ffn, vocabulary)")
+
+
+class DistributedConfig(Config):
+    """How the processes of one run find each other."""
+
+    coordinator: str = runtime(
+        "", help='"" = one process; "auto" = found from the cluster (TPU pod, SLURM); host:port'
+    )
+    processes: int | None = runtime(None, help="number of processes, with coordinator host:port")
+    process_id: int | None = runtime(None, help="this process's number, with host:port")
+
+
+def init_distributed(cfg: DistributedConfig) -> None:
+    """Joins the run's processes; call it before any device is used.
+
+    Raises ValueError if host:port comes without processes and process_id.
+    """
+    if not cfg.coordinator or jax.distributed.is_initialized():
+        return
+    if cfg.coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    if cfg.processes is None or cfg.process_id is None:
+        raise ValueError(
+            f"distributed.coordinator is {cfg.coordinator!r}: set distributed.processes and "
+            "distributed.process_id too"
+        )
+    jax.distributed.initialize(cfg.coordinator, cfg.processes, cfg.process_id)
+
+
+def mesh_shape(cfg: MeshConfig, n_devices: int) -> tuple[int, ...]:
+    """The sizes of MESH_AXES over n_devices devices, -1 resolved.
+
+    Raises ValueError if the sizes do not use exactly n_devices.
+    """
+    sizes = [getattr(cfg, axis) for axis in MESH_AXES]
+    said = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"{said}: each size must be positive, and at most one -1 (= the rest)")
+    known = int(np.prod([size for size in sizes if size > 0]))
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = n_devices // known
+    if int(np.prod(sizes)) != n_devices:
+        raise ValueError(f"{said} does not fit {n_devices} devices: the product must be equal")
+    return tuple(sizes)
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh over all devices of the run (or those given), axes MESH_AXES, Auto mode."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(cfg, len(devices))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+
+
+def batch_shards(mesh: Any) -> int:
+    """How many blocks the rows of a micro-batch are cut into."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def partition_spec(
+    logical: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Any = None
+) -> PartitionSpec:
+    """Logical dim names -> PartitionSpec by LOGICAL_RULES.
+
+    With `shape` and `mesh`, a dim that its mesh axes do not divide is replicated instead.
+    Raises ValueError on an unknown name or on two dims laid on one mesh axis.
+    """
+    entries: list[tuple[str, ...] | str | None] = []
+    taken: dict[str, str] = {}
+    for i, name in enumerate(logical):
+        if name is not None and name not in LOGICAL_RULES:
+            raise ValueError(f"logical axis {name!r} is not in LOGICAL_RULES {list(LOGICAL_RULES)}")
+        axes = LOGICAL_RULES[name] if name is not None else ()
+        for axis in axes:
+            if axis in taken:
+                raise ValueError(f"{tuple(logical)}: {taken[axis]!r} and {name!r} collide on {axis!r}")
+            taken[axis] = str(name)
+        if shape is not None and mesh is not None:
+            parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+            if shape[i] % parts:
+                axes = ()
+        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return PartitionSpec(*entries)
+
+
+def named_sharding(
+    mesh: jax.sharding.Mesh, logical: Sequence[str | None], shape: Sequence[int] | None = None
+) -> NamedSharding:
+    """partition_spec on a concrete mesh."""
+    return NamedSharding(mesh, partition_spec(logical, shape, mesh))
+
+
+def constrain(x: jax.Array, logical: Sequence[str | None]) -> jax.Array:
+    """Pins an activation's layout inside jit. Without a mesh in context it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical, x.shape, mesh))
+
+
+@functools.cache
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Of a Batch's arrays [A, B, ...]: rows over BATCH_AXES, micro-batches one after another."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
