@@ -1,0 +1,73 @@
+"""What a run says about its data: sources, how long an example may be, what becomes of a bad row."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import field_validator
+
+from posttrain.config import Config, runtime, semantic
+
+TooLong = Literal["truncate_end", "truncate_start", "split", "drop", "error"]
+
+
+class SourceConfig(Config):
+    """One named part of the mixture. Its key in `data.sources` is its name in the metrics."""
+
+    path: str | tuple[str, ...] = semantic(
+        help="file, glob or list of them (.jsonl[.gz], .json[.gz], .parquet, .array_record; local "
+        "or gs://), or hf:owner/name[/folder][@revision][:split]"
+    )
+    format: str = semantic(
+        "auto", help="auto, a name from posttrain.data.formats, or pkg.module:NAME"
+    )
+    fields: dict[str, str] = semantic(
+        {},
+        help="own columns: {user: question, assistant: answer, system: ...}, {text: ...}, "
+        "{prompt:, completion:} or {messages:, tools:}; a value is a column, a dotted path "
+        "into it, or a text with {column} in it",
+    )
+    weight: float | None = semantic(
+        None, gt=0, help="share in the mixture, against the other sources' weights"
+    )
+    repeats: float = semantic(1.0, gt=0, help="times an epoch sees each example, where no weights")
+    limit: int | None = semantic(None, gt=0, help="only the first rows of this source")
+    ignore_keys: tuple[str, ...] = semantic(
+        (), help="keys of messages that hold no training data (ids, dates, ranks ...)"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _some_path(cls, path: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not path or (isinstance(path, tuple) and not all(path)):
+            raise ValueError("empty: name a file, a glob or hf:owner/name")
+        return path
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class DataConfig(Config):
+    """The data section of a config."""
+
+    sources: dict[str, SourceConfig] = semantic(
+        min_length=1, help="name -> source; the name is used in reports and metrics"
+    )
+    seq_len: int = semantic(1024, gt=1, help="most tokens of one example, and of one packed row")
+    too_long: TooLong = semantic(
+        "truncate_end",
+        help="an example over seq_len: truncate_end, truncate_start, split, drop or error",
+    )
+    on_bad_row: Literal["error", "skip"] = semantic(
+        "error", help="rows that break the rules: error (all listed at once), or skip (counted)"
+    )
+    cache_dir: str = runtime(
+        "~/.cache/posttrain/data", help="folder of the tokenised caches; shared by all hosts"
+    )
+    workers: int | None = runtime(
+        None, ge=0, help="worker processes of prepare; 0 none, empty: by cores and size of the data"
+    )
+    wait_minutes: float = runtime(
+        60.0, gt=0, help="how long the other hosts wait for the one that prepares"
+    )
