@@ -1,0 +1,171 @@
+"""posttrain <job> [action] CONFIG.yaml [OVERLAY.yaml ...] [key.path=value ...]
+
+A job is a module with `Config` and `run(cfg) -> int | None`, imported only when it is chosen.
+It may also have
+  ACTIONS  dict of action -> one line; then it is `run(cfg, action)`, and an action must be given;
+  ACCEPTS  names of jobs whose configs it takes too (it reads the sections both have).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+JOBS = {
+    "sft": ("posttrain.jobs.sft", "supervised fine-tuning on conversations"),
+    "data": ("posttrain.jobs.data", "prepare, preview or check training data"),
+    "convert": ("posttrain.jobs.convert", "model folder or run -> Hugging Face model folder"),
+    "chat": ("posttrain.jobs.chat", "talk to a model in the terminal"),
+    "demo": ("posttrain.jobs.demo", "base model, then SFT, on generated text, in minutes"),
+}
+FLAGS = {
+    "--help": "this text; after a job's name: every key of its config",
+    "--show": "print the resolved config, run nothing",
+    "--debug": "show the traceback of an error",
+    "--version": "print the version",
+}
+USAGE_ERROR = 2  # also a config error: a launcher must not retry it
+DATA_ERROR = 1
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+EXIT_CODES = """exit codes:
+  0    done
+  1    wrong data or a failure; the message says which
+  2    wrong config or command: do not retry
+  75   preempted after saving: start the same command again
+  130  interrupted from the keyboard"""
+
+
+class UsageError(Exception):
+    """A command line that cannot be understood."""
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def _table(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {line}" for name, line in rows.items())
+
+
+def _usage() -> str:
+    jobs = _table({name: line for name, (_, line) in JOBS.items()})
+    return (
+        "usage: posttrain <job> [action] CONFIG.yaml [OVERLAY.yaml ...] [key.path=value ...]\n\n"
+        "Files are merged left to right, key.path=value on top.\n\n"
+        f"jobs:\n{jobs}\n\nflags:\n{_table(FLAGS)}\n\n{EXIT_CODES}"
+    )
+
+
+def _job_usage(name: str, job: ModuleType) -> str:
+    from posttrain.config_help import help_text
+
+    actions: dict[str, str] = getattr(job, "ACTIONS", {})
+    action = f" {{{'|'.join(actions)}}}" if actions else ""
+    parts = [
+        f"usage: posttrain {name}{action} CONFIG.yaml [OVERLAY.yaml ...] [key.path=value ...]",
+        (job.__doc__ or JOBS[name][1]).strip(),
+        f"actions:\n{_table(actions)}" if actions else "",
+        f"flags:\n{_table(FLAGS)}",
+        f"config keys (* = runtime: does not change the result):\n{help_text(job.Config)}",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Arguments -> (flags, words and YAML files, key=value)."""
+    flags, words, overrides = [], [], []
+    for argument in arguments:
+        if argument.startswith("-"):
+            flag = "--help" if argument == "-h" else argument
+            if flag not in FLAGS:
+                raise UsageError(f"unknown flag {argument}{_suggest(argument, list(FLAGS))}")
+            flags.append(flag)
+        elif "=" in argument:
+            overrides.append(argument)
+        else:
+            words.append(argument)
+    return flags, words, overrides
+
+
+def _is_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
+
+
+def _run(name: str, words: list[str], overrides: list[str], flags: list[str]) -> int:
+    job = importlib.import_module(JOBS[name][0])
+    if "--help" in flags:
+        print(_job_usage(name, job))
+        return 0
+    actions: dict[str, str] = getattr(job, "ACTIONS", {})
+    given = [word for word in words if not _is_file(word)]
+    if actions:
+        if not given or words[0] != given[0]:
+            raise UsageError(f"posttrain {name} needs an action: {', '.join(actions)}")
+        if given[0] not in actions:
+            raise UsageError(f"unknown action {given[0]!r}{_suggest(given[0], list(actions))}")
+    if extra := given[1:] if actions else given:
+        raise UsageError(f"{extra[0]!r} is neither a .yaml file nor key.path=value")
+
+    from posttrain.config import load, resolved_yaml
+
+    files = [word for word in words if _is_file(word)]
+    config = load(job.Config, files, overrides, accepts=getattr(job, "ACCEPTS", ()))
+    if "--show" in flags:
+        print(resolved_yaml(config), end="")
+        return 0
+    return (job.run(config, given[0]) if actions else job.run(config)) or 0
+
+
+def _dispatch(flags: list[str], words: list[str], overrides: list[str]) -> int:
+    if "--version" in flags:
+        from importlib.metadata import version
+
+        print(version("posttrain"))
+        return 0
+    if not words:
+        print(_usage(), file=sys.stdout if "--help" in flags else sys.stderr)
+        return 0 if "--help" in flags else USAGE_ERROR
+    name, *rest = words
+    if name not in JOBS:
+        raise UsageError(f"unknown job {name!r}{_suggest(name, list(JOBS))}")
+    return _run(name, rest, overrides, flags)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line -> its exit code (EXIT_CODES); errors of the user's go to stderr, short."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = _dispatch(*_split(arguments))
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        print(f"posttrain: {error}\n(posttrain --help lists what there is)", file=sys.stderr)
+        return USAGE_ERROR
+    except ValueError as error:
+        from posttrain.config import ConfigError
+
+        if "--debug" in arguments:
+            traceback.print_exc()
+        wrong_config = isinstance(error, ConfigError)
+        hint = "" if wrong_config or "--debug" in arguments else "\n(--debug shows the traceback)"
+        print(f"posttrain: {error}{hint}", file=sys.stderr)
+        return USAGE_ERROR if wrong_config else DATA_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of our output has gone (`| head`): nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
