@@ -39,7 +39,7 @@ def is_runtime(info: Any) -> bool:
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`; did you mean "x"?`, or nothing where no known word is close."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -61,7 +61,7 @@ def resolve(registry: Mapping[str, Any], name: str) -> Any:
         raise ValueError(f"{entry!r} cannot be imported: {error}") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # typing hashes what stands in an annotation
 class Variant:
     """What `variant` returns: reads {type: name, **fields} and writes it back."""
 
