@@ -81,8 +81,7 @@ def _rows(cls: type[Config], path: str, outer: str) -> Iterator[Row]:
         kind = "runtime" if outer == "runtime" or is_runtime(info) else "semantic"
         shape = shape_of(info.annotation, info.metadata)
         text = type_name(info.annotation)
-        if shape is None or text != "section":
-            yield Row(key, text, _default(info), info.description or "", kind)
+        yield Row(key, text, _default(info), info.description or "", kind)
         yield from _section(shape, key, kind)
 
 
@@ -97,11 +96,11 @@ def help_text(config_cls: type[Config], width: int | None = None) -> str:
     lines: list[str] = []
     section = None
     for row in describe(config_cls):
-        top = row.key.split(".")[0] if "." in row.key else ""
+        top = row.key.split(".")[0] if "." in row.key or row.type == "section" else ""
         if top != section:
             section = top
             lines.append("")
-        default = "" if row.default == "required" else f" = {row.default}"
+        default = "" if row.default in ("required", "") else f" = {row.default}"
         mark = "*" if row.kind == "runtime" else " "
         need = " (required)" if row.default == "required" else ""
         lines.append(f" {mark}{row.key}: {row.type}{default}{need}")
