@@ -1,4 +1,4 @@
-"""What a run says about its data: sources, how long an example may be, what becomes of a bad row."""
+"""What a run says about its data: the sources, the longest example, what becomes of a bad row."""
 
 from __future__ import annotations
 

@@ -1,0 +1,53 @@
+"""What a format is, and what formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.config import SourceConfig
+from posttrain.data.normal import did_you_mean
+from posttrain.data.rows import Problem, RowError, wrong_type
+from posttrain.types import Sample
+
+
+@dataclass(frozen=True)
+class Format:
+    """`detect` never raises and may be handed anything; `convert` raises RowError."""
+
+    detect: Callable[[Any], bool]
+    convert: Callable[[Any, SourceConfig], Sample]
+
+
+def as_object(row: Any, columns: tuple[str, ...]) -> Mapping[str, Any]:
+    """The row as an object whose keys are not slips of the format's own columns.
+
+    Other columns (ids, sources, labels) are nobody's business; `mesages` or `tool` is a slip that
+    would lose data. Raises RowError.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError([wrong_type("row", row, f"an object with {columns[0]}")])
+    slips = [
+        Problem(str(key), "unknown column, very like a known one", f"did you mean {meant}?")
+        for key in row
+        if key not in columns
+        and (meant := did_you_mean(str(key), columns))
+        and row.get(meant) is None
+        and row[key] is not None
+    ]
+    if slips:
+        raise RowError(slips)
+    return row
+
+
+def items_have(row: Any, columns: tuple[str, ...], keys: tuple[str, ...]) -> str | None:
+    """The first of `columns` that holds a list whose first object has all `keys`."""
+    if not isinstance(row, Mapping):
+        return None
+    for column in columns:
+        items = row.get(column)
+        first = items[0] if isinstance(items, (list, tuple)) and items else None
+        if isinstance(first, Mapping) and all(key in first for key in keys):
+            return column
+    return None

@@ -1,0 +1,116 @@
+"""Any row, by a mapping in the config: `fields: {user: question, assistant: answer}`.
+
+The parts are system, user, reasoning, assistant (a conversation of one turn); text; prompt and
+completion; or messages and tools (in OpenAI's or ShareGPT's shape, under other names). A value is a
+column, a dotted path into one (`data.question`, `answers.0`), or a text with columns in braces
+(`"{question}\\nAnswer in one word."`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.data.config import SourceConfig
+from posttrain.data.formats import messages, prompt_completion, sharegpt
+from posttrain.data.formats.base import Format
+from posttrain.data.rows import Problem, RowError, text_problem, wrong_type
+from posttrain.types import Conversation, Sample, Text
+
+TURN = ("system", "user", "reasoning", "assistant")
+# each set of parts that makes a sample: the parts it must have, the parts it may have
+SHAPES = (
+    ({"user", "assistant"}, set(TURN)),
+    ({"text"}, {"text"}),
+    ({"prompt", "completion"}, {"prompt", "completion", "system", "tools"}),
+    ({"messages"}, {"messages", "system", "tools"}),
+)
+_BRACES = re.compile(r"\{([^{}]+)\}")
+_ABSENT = object()
+
+
+def detect(row: Any) -> bool:
+    return False  # only the config can ask for it
+
+
+def convert(row: Any, cfg: SourceConfig) -> Sample:
+    parts = set(cfg.fields)
+    if not any(needed <= parts <= allowed for needed, allowed in SHAPES):
+        raise ValueError(
+            f"fields: {{{', '.join(sorted(parts))}}} makes no sample: name user and assistant "
+            "(system, reasoning beside them), text, prompt and completion, or messages (tools)"
+        )
+    if not isinstance(row, Mapping):
+        raise RowError([wrong_type("row", row, "an object")])
+    problems: list[Problem] = []
+    values = {part: _value(row, path, problems) for part, path in cfg.fields.items()}
+    if problems:
+        raise RowError(problems)
+    if "text" in values:
+        if problem := text_problem(values["text"], cfg.fields["text"]):
+            raise RowError([problem])
+        return Text(completion=values["text"])
+    if "completion" in values:
+        names = (cfg.fields["prompt"], cfg.fields["completion"])
+        return prompt_completion.join(values["prompt"], values["completion"], values, names, cfg)
+    if "messages" in values:
+        inner = sharegpt if sharegpt.detect(values) else messages
+        return inner.convert(values, cfg)
+    return _turn(values, cfg)
+
+
+def _turn(values: Mapping[str, Any], cfg: SourceConfig) -> Conversation:
+    """One system?, user, assistant conversation; what is wrong is named by the row's columns."""
+    problems = [
+        problem
+        for part in TURN
+        if part in values
+        and not (part in ("system", "reasoning") and values[part] in (None, ""))
+        and (problem := text_problem(values[part], cfg.fields[part]))
+    ]
+    if problems:
+        raise RowError(problems)
+    answer = {"role": "assistant", "content": values["assistant"]}
+    if values.get("reasoning"):
+        answer["reasoning_content"] = values["reasoning"]
+    turn = [{"role": "user", "content": values["user"]}, answer]
+    if values.get("system"):
+        turn.insert(0, {"role": "system", "content": values["system"]})
+    return Conversation(tuple(turn))
+
+
+def _value(row: Mapping[str, Any], path: str, problems: list[Problem]) -> Any:
+    """The column, the inner value of a dotted path, or the text with its braces filled in."""
+    if "{" not in path:
+        return _column(row, path, problems)
+
+    def fill(match: re.Match[str]) -> str:
+        value = _column(row, match.group(1), problems)
+        if value is not None and not isinstance(value, (str, int, float)):
+            problems.append(wrong_type(match.group(1), value, "a text or a number"))
+        return str(value)
+
+    return _BRACES.sub(fill, path)
+
+
+def _column(row: Mapping[str, Any], path: str, problems: list[Problem]) -> Any:
+    if path in row:
+        return row[path]
+    value: Any = row
+    for step in path.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(step, _ABSENT)
+        elif isinstance(value, (list, tuple)) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            value = _ABSENT
+        if value is _ABSENT:
+            columns = ", ".join(map(str, row)) or "none"
+            found = f"missing field (the row has {columns})"
+            problems.append(Problem(path, found, "add it, or correct `fields` in the config"))
+            return None
+    return value
+
+
+FORMAT = Format(detect, convert)

@@ -1,0 +1,98 @@
+"""ShareGPT: {"conversations": [{"from", "value"}], "system"?, "tools"?}, with tool turns.
+
+A `function_call` is the assistant's, its value the JSON of one call or of a list of calls;
+`observation` (or tool, function_response) is the result. A gpt turn right before a function_call
+and the call are one assistant message: what it says, then what it calls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.data.config import SourceConfig
+from posttrain.data.formats.base import Format, as_object, items_have
+from posttrain.data.formats.messages import EXTRA, conversation
+from posttrain.data.normal import did_you_mean
+from posttrain.data.rows import Problem, RowError, show, wrong_type
+from posttrain.types import Conversation
+
+COLUMNS = ("conversations", "conversation", "messages")
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "function_call",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+
+
+def detect(row: Any) -> bool:
+    return items_have(row, COLUMNS, ("from", "value")) is not None
+
+
+def convert(row: Any, cfg: SourceConfig) -> Conversation:
+    row = as_object(row, (*COLUMNS, *EXTRA))
+    column = next((c for c in COLUMNS if row.get(c) is not None), COLUMNS[0])
+    turns = row.get(column)
+    if not isinstance(turns, (list, tuple)):
+        raise RowError([wrong_type(column, turns, "a list of turns with from and value")])
+    problems: list[Problem] = []
+    messages: list[dict[str, Any]] = []
+    for i, turn in enumerate(turns):
+        _add(messages, turn, f"{column}[{i}]", cfg, problems)
+    if problems:
+        raise RowError(problems)
+    return conversation(messages, row, column, cfg)
+
+
+def _add(
+    messages: list[dict[str, Any]],
+    turn: Any,
+    at: str,
+    cfg: SourceConfig,
+    problems: list[Problem],
+) -> None:
+    if not isinstance(turn, Mapping):
+        problems.append(wrong_type(at, turn, "an object with from and value"))
+        return
+    speaker = turn.get("from")
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        meant = did_you_mean(str(speaker), ROLES)
+        fix = f"did you mean {meant}?" if meant else f"use one of {', '.join(ROLES)}"
+        problems.append(Problem(f"{at}.from", f"unknown role {show(speaker)}", fix))
+        return
+    rest = {k: v for k, v in turn.items() if k not in ("from", "value")}
+    if role != "function_call":
+        messages.append({"role": role, "content": turn.get("value"), **rest})
+        return
+    calls = _calls(turn.get("value"), f"{at}.value", problems)
+    last = messages[-1] if messages else {}
+    if last.get("role") == "assistant" and "tool_calls" not in last:
+        last.update(tool_calls=calls, **rest)
+    else:
+        messages.append({"role": "assistant", "tool_calls": calls, **rest})
+
+
+def _calls(value: Any, at: str, problems: list[Problem]) -> list[Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            found = f"no JSON ({error}): {show(value)}"
+            problems.append(Problem(at, found, 'write {"name": ..., "arguments": {...}}'))
+            return []
+    calls = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not calls:
+        problems.append(Problem(at, "an empty list of calls", "write the call, or remove the turn"))
+    return calls
+
+
+FORMAT = Format(detect, convert)
