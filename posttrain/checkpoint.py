@@ -1,0 +1,149 @@
+"""A run's folder: its resolved config, its checkpoints, and what may continue in it.
+
+<run_dir>/resolved.yaml    the config, as `posttrain sft <run_dir>/resolved.yaml` would take it
+          semantic.json    the part of it that decides the result
+          checkpoints/<k>  Orbax: `state` after k updates, `meta` (JSON)
+          metrics.jsonl  tensorboard/  samples/  export/
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from posttrain import config
+from posttrain.config import Config, ConfigError, runtime, semantic
+
+EXTENDABLE = ("train.steps", "train.epochs")
+"""Semantic keys that a later start of the run may raise: a finished run can be extended."""
+
+
+class CheckpointConfig(Config):
+    """When to save, what to keep, where to start from."""
+
+    every: int = runtime(500, gt=0, help="optimiser steps between checkpoints (and at the end)")
+    keep: int = runtime(2, gt=0, help="how many of the latest checkpoints stay")
+    keep_every: int | None = runtime(None, gt=0, help="checkpoints at multiples of this stay too")
+    resume: Literal["auto", "must", "never"] = runtime(
+        "auto", help="auto: continue if run_dir has a checkpoint; must: or fail; never: or refuse"
+    )
+    init_from: str | None = semantic(
+        None, help="run folder (or <folder>@<step>) whose weights this new run starts from"
+    )
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
+    """Makes or re-opens a run's folder; True if it holds a checkpoint to continue from.
+
+    Raises ConfigError if another semantic config lives there (naming the keys that differ), if
+    resume is "must" and there is no checkpoint, or "never" and there is one.
+    """
+    steps = saved_steps(run_dir)
+    if resume == "must" and not steps:
+        raise ConfigError(f"checkpoint.resume=must, and {run_dir} holds no checkpoint")
+    if resume == "never" and steps:
+        raise ConfigError(
+            f"checkpoint.resume=never, and {run_dir} holds checkpoints (the last: {steps[-1]}): "
+            "choose another run_dir"
+        )
+    marker = run_dir / "semantic.json"
+    if marker.exists():
+        _refuse_another_config(run_dir, json.loads(marker.read_text()), cfg, bool(steps))
+    if is_primary():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config.write_resolved(cfg, run_dir / "resolved.yaml")
+        temporary = run_dir / "semantic.json.tmp"
+        temporary.write_text(json.dumps(config.semantic_dict(cfg), indent=1))
+        temporary.replace(marker)
+    return bool(steps)
+
+
+def _refuse_another_config(run_dir: Path, old: dict[str, Any], cfg: Config, begun: bool) -> None:
+    if not begun:
+        return  # nothing was trained yet: the folder may take any config
+    problems = []
+    for key, (was, now) in config.diff(old, cfg).items():
+        grows = was is not None and now is not None and key in EXTENDABLE and now >= was
+        if not grows:
+            problems.append(f"{key}: the run has {was!r}, this config {now!r}")
+    if problems:
+        raise ConfigError(
+            f"{run_dir} holds a run of another config; give back the values, or choose another "
+            "run_dir:\n    " + "\n    ".join(problems)
+        )
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of the whole checkpoints in a run's folder, ascending."""
+    folder = run_dir / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+class Checkpoints:
+    """Saves and restores (state, meta) by the number of updates made. Saves are asynchronous."""
+
+    def __init__(self, run_dir: Path, cfg: CheckpointConfig):
+        from orbax.checkpoint import v1 as ocp
+
+        keep = ocp.training.preservation_policies
+        policies: list[Any] = [keep.LatestN(cfg.keep)]
+        if cfg.keep_every:
+            policies.append(keep.EveryNSteps(cfg.keep_every))
+        self._every = cfg.every
+        self._orbax = ocp.training.Checkpointer(
+            (run_dir / "checkpoints").absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=keep.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    def due(self, step: int) -> bool:
+        """Whether `checkpoint.every` asks for one after this many updates."""
+        return step % self._every == 0
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Copies the arrays, writes in the background: the caller may donate them at once."""
+        if self.latest() == step:
+            return
+        self._orbax.save_checkpointables_async(step, {"state": state, "meta": meta}, force=True)
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """(state, meta) of a step (the latest), laid out as abstract_state says, on any mesh."""
+        loaded = self._orbax.load_checkpointables(step, {"state": abstract_state, "meta": {}})
+        return loaded["state"], loaded["meta"]
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._orbax.close()
+
+
+def restore_params(source: str, abstract_params: Any) -> Any:
+    """The parameters alone of a run's checkpoint; source is its folder or <folder>@<step>.
+
+    Raises ValueError if there is no such checkpoint.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    folder, _, step = source.partition("@")
+    steps = saved_steps(Path(folder))
+    if not steps or (step and int(step) not in steps):
+        raise ValueError(f"init_from {source!r}: no such checkpoint; the run has steps {steps}")
+    path = Path(folder).absolute() / "checkpoints" / str(step or steps[-1])
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        loaded = ocp.load_checkpointables(path, {"state": {"params": abstract_params}})
+    return loaded["state"]["params"]

@@ -1,0 +1,161 @@
+"""What a run says about itself: metrics.jsonl always, TensorBoard by default, a progress line.
+
+Only process 0 writes. Numbers are averages over the optimiser step unless their name says more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import Config, runtime
+from posttrain.types import Mean
+
+SUPERSEDED = "metrics.superseded.jsonl"
+
+
+class LogConfig(Config):
+    """Where metrics go."""
+
+    tensorboard: bool = runtime(True, help="write TensorBoard event files beside metrics.jsonl")
+    every: int = runtime(1, gt=0, help="steps between lines of the terminal's log (not a terminal)")
+    peak_tflops: float | None = runtime(
+        None, gt=0, help="peak TFLOP/s of one device for MFU; none = known from the device's name"
+    )
+    trace_steps: tuple[int, int] | None = runtime(
+        None, help="first and last step of a profiler trace (perfetto, xprof), written to trace/"
+    )
+
+
+def flatten(metrics: Mapping[str, Any], source_names: list[str]) -> dict[str, float]:
+    """Device metrics fetched to the host -> plain numbers; "loss_by_source" -> loss/<name>.
+
+    A Mean over nothing (a source with no token in this step) is left out: it has no value.
+    """
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name == "loss_by_source":
+            parts = zip(source_names, value.total, value.count, strict=True)
+            flat |= {f"loss/{source}": float(t / n) for source, t, n in parts if n > 0}
+        elif isinstance(value, Mean):
+            if value.count > 0:
+                flat[name] = float(value.value)
+        else:
+            flat[name] = float(value)
+    return flat
+
+
+class Writer:
+    """Appends to <folder>/metrics.jsonl and to TensorBoard files. Does nothing unless primary."""
+
+    def __init__(self, folder: Path, cfg: LogConfig, *, primary: bool, resumed_at: int = 0):
+        """Lines of steps after `resumed_at` will be made again: they move to SUPERSEDED."""
+        self._file = self._board = None
+        if not primary:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        _set_aside(path, resumed_at)
+        self._file = path.open("a", encoding="utf-8")
+        if cfg.tensorboard:
+            from tensorboardX import SummaryWriter  # its import costs more than most runs' start
+
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
+            )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line; step counts the updates made, this one included."""
+        if self._file is None:
+            return
+        line = {"step": step} | {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _set_aside(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    keep, rest = [], []
+    for line in lines:
+        try:
+            (keep if json.loads(line)["step"] <= last_step else rest).append(line)
+        except (ValueError, KeyError):  # a line cut short when its process was killed
+            rest.append(line)
+    if not rest:
+        return
+    with path.with_name(SUPERSEDED).open("a", encoding="utf-8") as aside:
+        aside.writelines(line + "\n" for line in rest)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in keep), encoding="utf-8")
+    temporary.replace(path)
+
+
+class Progress:
+    """A bar with speed and time left on a terminal, plain lines elsewhere; primary process only."""
+
+    def __init__(self, title: str, total: int, done: int, *, every: int, primary: bool):
+        self._title, self._total, self._done = title, total, done
+        self._every, self._primary = every, primary
+        self._start, self._first = time.monotonic(), done
+        self._bar = self._task = None
+        if primary and sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+
+    def update(self, done: int, note: str) -> None:
+        self._done = done
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        elif self._primary and (done % self._every == 0 or done == self._total):
+            elapsed = time.monotonic() - self._start
+            left = elapsed / max(done - self._first, 1) * (self._total - done)
+            print(
+                f"{self._title} {done}/{self._total} {note} ({_clock(left)} left)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._primary:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,32 @@
+"""How long training goes on and what is measured on the way."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from posttrain.config import Config, runtime, semantic
+from posttrain.data.config import SourceConfig
+
+
+class TrainConfig(Config):
+    """How long to train."""
+
+    epochs: float | None = semantic(None, gt=0, help="passes over the data; 1 if steps is not set")
+    steps: int | None = semantic(None, gt=0, help="optimiser steps, instead of epochs")
+    head_chunk: int = runtime(256, gt=0, help="trained tokens per chunk of the vocabulary head")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps are both set: keep one")
+        return self
+
+
+class EvalConfig(Config):
+    """Held-out sets, each measured under its own name. Nothing of it changes the training."""
+
+    sets: dict[str, SourceConfig] = runtime({}, help="name -> source, as in data.sources")
+    every: int | None = runtime(None, gt=0, help="steps between evaluations; none = at the end")
+    samples: int = runtime(2, ge=0, help="answers generated per set and evaluation, written down")
+    max_new_tokens: int = runtime(128, gt=0, help="longest generated answer")
+    temperature: float = runtime(0.0, ge=0, help="of generated answers; 0 = greedy")

@@ -1,0 +1,85 @@
+"""Held-out sets: their loss, and answers written down beside what was expected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from posttrain import metrics as reporting
+from posttrain.chat.tokenizer import Tokenizer
+from posttrain.data.plan import Plan
+from posttrain.train.config import EvalConfig
+from posttrain.train.offline import OfflineSource
+from posttrain.types import Example
+
+Generate = Callable[[Any, list[list[int]]], list[list[int]]]
+"""(params, prompts) -> the new tokens of each, stop token included where one was reached."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One set: its examples, its one-epoch plan in order, and the compiled evaluation."""
+
+    name: str
+    cache: Any
+    plan: Plan
+    step: Callable[[Any, Any], reporting.Metrics]
+
+    def measure(self, params: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
+        """Means over every trained token of the set: eval/<name>/{loss, entropy, ...}."""
+        source = OfflineSource(self.cache, self.plan, mesh)
+        total = None
+        try:
+            for _ in range(self.plan.steps):
+                found = self.step(params, source.next())
+                total = found if total is None else jax.tree.map(lambda a, b: a + b, total, found)
+        finally:
+            source.close()
+        assert total is not None  # a set without examples was refused when it was prepared
+        total = jax.device_get({k: v for k, v in total.items() if k != "loss_by_source"})
+        return {f"eval/{self.name}/{k}": v for k, v in reporting.flatten(total, []).items()}
+
+
+def prompt_of(example: Example) -> list[int]:
+    """The tokens before the first trained one: what the model is asked."""
+    return example.tokens[: int((example.loss_weights > 0).argmax())].tolist()
+
+
+def expected_of(example: Example) -> list[int]:
+    """The first run of trained tokens: what it should say."""
+    trained = example.loss_weights > 0
+    first = int(trained.argmax())
+    length = int((~trained[first:]).argmax()) if not trained[first:].all() else len(trained) - first
+    return example.tokens[first : first + length].tolist()
+
+
+def write_samples(
+    path: Path, held_out: HeldOut, tokenizer: Tokenizer, cfg: EvalConfig, generate: Generate,
+    params: Any,
+) -> None:  # fmt: skip
+    """Answers to the set's first prompts, as JSON lines: prompt, answer, expected.
+
+    All processes generate; process 0 writes.
+    """
+    examples = [held_out.cache[i] for i in range(min(cfg.samples, len(held_out.cache)))]
+    examples = [e for e in examples if prompt_of(e)]  # plain text has nothing to ask
+    if not examples:
+        return
+    answers = generate(params, [prompt_of(e) for e in examples])
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for example, answer in zip(examples, answers, strict=True):
+            line = {
+                "set": held_out.name,
+                "prompt": tokenizer.decode(prompt_of(example)),
+                "answer": tokenizer.decode(answer),
+                "expected": tokenizer.decode(expected_of(example)),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,235 @@
+"""The training loop: steps, what they report, evaluation, checkpoints, and leaving in good order.
+
+The host runs one step ahead of the devices: it reads the metrics of step k after it has dispatched
+step k + 1, and waits for the devices at no other place than checkpoints and evaluations.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import psutil
+
+from posttrain import metrics as reporting
+from posttrain.checkpoint import Checkpoints
+from posttrain.metrics import LogConfig, Progress, Writer
+from posttrain.models.spec import Spec
+from posttrain.train.offline import OfflineSource
+from posttrain.train.state import TrainState
+from posttrain.train.throughput import PEAK_TFLOPS, StepSize, train_flops
+
+PREEMPTED = 75
+"""Exit code of a run that was told to stop and saved: start it again and it goes on."""
+
+
+class Preemption:
+    """Whether the run was told to stop (SIGTERM), the same answer on every process of a run."""
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+        self._shared = jax.process_count() > 1
+        self._previous: Any = None
+        self._installed = False
+        # with several processes jax's own notifier holds the signal, and agrees on a step
+        if not self._shared and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
+            self._installed = True
+
+    def reached(self, step: int) -> bool:
+        """Called after every step on every process."""
+        if self._shared:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._flag.is_set()
+
+    def close(self) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop needs; the job puts it together."""
+
+    folder: Path
+    spec: Spec
+    train_step: Callable[[TrainState, Any], tuple[TrainState, reporting.Metrics]]
+    source: OfflineSource
+    size: Callable[[int], StepSize]
+    total_steps: int
+    steps_per_epoch: float
+    source_names: list[str]
+    checkpoints: Checkpoints
+    writer: Writer
+    log: LogConfig
+    evaluate: Callable[[TrainState, int], dict[str, float]] | None
+    """(state, step) -> metrics; called every eval_every steps and at the end."""
+    eval_every: int | None
+    meta: dict[str, Any]
+    """What a checkpoint records beside the state; `num_tokens` goes on from here."""
+
+
+@dataclass
+class _Step:
+    """A dispatched step whose metrics were not read yet."""
+
+    number: int
+    metrics: reporting.Metrics
+    size: StepSize
+    waited: float
+
+
+def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
+    """Runs from state.step to run.total_steps; (final state, whether it was preempted).
+
+    Raises FloatingPointError at the first loss or gradient that is not finite: such a state is
+    never saved, the last checkpoint stands.
+    """
+    primary = jax.process_index() == 0
+    start = int(state.step)
+    progress = Progress("train", run.total_steps, start, every=run.log.every, primary=primary)
+    preemption = Preemption()
+    reporter = _Reporter(run, progress)
+    pending: deque[_Step] = deque()
+    stopped = False
+    try:
+        for step in range(start + 1, run.total_steps + 1):
+            _trace(run, step, before=True)
+            waited = run.source.waited
+            batch = run.source.next()
+            state, device_metrics = run.train_step(state, batch)
+            waited = run.source.waited - waited
+            pending.append(_Step(step, device_metrics, run.size(step - 1), waited))
+            if len(pending) > 1:
+                reporter.report(pending.popleft())
+            _trace(run, step, before=False, wait_for=device_metrics)
+            stopped = preemption.reached(step)
+            last = step == run.total_steps
+            evaluates = run.evaluate is not None and (
+                last or (run.eval_every is not None and step % run.eval_every == 0)
+            )
+            if run.checkpoints.due(step) or last or stopped or evaluates:
+                while pending:  # a state is saved only after its loss was seen to be finite
+                    reporter.report(pending.popleft())
+                with reporter.paused():
+                    if run.checkpoints.due(step) or last or stopped:
+                        run.checkpoints.save(step, state, run.meta | reporter.counters())
+                    if evaluates and run.evaluate is not None and not stopped:
+                        found = run.evaluate(state, step)
+                        run.writer.write(step, found)
+                        progress.say(_evaluation_line(step, found))
+            if stopped:
+                progress.say(f"told to stop: saved step {step}")
+                break
+    finally:
+        preemption.close()
+        progress.close()
+    return state, stopped and int(state.step) < run.total_steps
+
+
+class _Reporter:
+    """Fetches a step's metrics, adds what the host knows, writes them down."""
+
+    def __init__(self, run: Run, progress: Progress):
+        self._run, self._progress = run, progress
+        self._tokens = int(run.meta.get("num_tokens", 0))
+        self._clock = time.monotonic()
+        self._steps = 0
+        device = jax.local_devices()[0]
+        peak = run.log.peak_tflops or PEAK_TFLOPS.get(device.device_kind)
+        self._peak = peak * 1e12 * jax.device_count() if peak else None
+        self._device = device
+        self._process = psutil.Process()
+
+    def counters(self) -> dict[str, Any]:
+        return {"num_tokens": self._tokens}
+
+    def paused(self) -> _Pause:
+        """Time inside does not count as training time."""
+        return _Pause(self)
+
+    def skip(self, seconds: float) -> None:
+        self._clock += seconds
+
+    def report(self, step: _Step) -> None:
+        run, size = self._run, step.size
+        flat = reporting.flatten(jax.device_get(step.metrics), run.source_names)
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        self._tokens += size.tokens
+        flat |= {
+            "epoch": step.number / run.steps_per_epoch,
+            "num_tokens": self._tokens,
+            "examples": size.examples,
+            "packing_efficiency": size.tokens / size.positions,
+            "seconds": seconds,
+            "data_wait_seconds": step.waited,
+            **self._memory(),
+        }
+        if self._steps:  # the first step's time is mostly compilation: it gives no rate
+            flops = train_flops(run.spec, size) / seconds
+            flat |= {
+                "tokens_per_second": size.tokens / seconds,
+                "trained_tokens_per_second": size.trained / seconds,
+                "tflops_per_second": flops / 1e12,
+            }
+            if self._peak:
+                flat["mfu"] = flops / self._peak
+        self._steps += 1
+        run.writer.write(step.number, flat)
+        rate = f" {flat['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in flat else ""
+        self._progress.update(
+            step.number,
+            f"loss {flat.get('loss', math.nan):.4f} lr {flat['learning_rate']:.2e}{rate}",
+        )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(flat.get(name, math.nan)):
+                raise FloatingPointError(
+                    f"step {step.number}: {name} is {flat.get(name)}; nothing of it was saved, "
+                    f"the last checkpoint is step {run.checkpoints.latest()}. Lower optim.lr, or "
+                    "look at the step's examples with `posttrain data preview`"
+                )
+
+    def _memory(self) -> dict[str, float]:
+        stats = self._device.memory_stats() or {}
+        memory = {"memory/host_gib": self._process.memory_info().rss / 2**30}
+        if "peak_bytes_in_use" in stats:
+            memory["memory/device_peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+        return memory
+
+
+class _Pause:
+    def __init__(self, reporter: _Reporter):
+        self._reporter = reporter
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._reporter.skip(time.monotonic() - self._began)
+
+
+def _trace(run: Run, step: int, *, before: bool, wait_for: Any = None) -> None:
+    if run.log.trace_steps is None:
+        return
+    first, last = run.log.trace_steps
+    if before and step == first:
+        jax.profiler.start_trace(str(run.folder / "trace"), create_perfetto_trace=True)
+    elif not before and step == min(last, run.total_steps):
+        jax.block_until_ready(wait_for)
+        jax.profiler.stop_trace()
+
+
+def _evaluation_line(step: int, metrics: dict[str, float]) -> str:
+    losses = {k: v for k, v in metrics.items() if k.endswith("/loss")}
+    return f"evaluation at step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items())

@@ -1,0 +1,75 @@
+"""Batches of planned data, on the mesh: each process builds its own devices' rows and no others."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from posttrain import sharding
+from posttrain.data.pipeline import Pipeline
+from posttrain.data.plan import Plan
+from posttrain.train.throughput import StepSize
+from posttrain.types import Batch
+
+
+def local_rows(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
+    """The rows of a micro-batch of `rows` that this process's devices hold, ascending."""
+    layout = sharding.batch_sharding(mesh)
+    held = layout.addressable_devices_indices_map((1, rows)).values()
+    return sorted({row for index in held if index for row in range(rows)[index[1]]})
+
+
+def to_mesh(batch: Batch, mesh: jax.sharding.Mesh, rows: list[int], total_rows: int) -> Batch:
+    """numpy arrays [A, len(rows), ...] of this process -> global arrays [A, total_rows, ...]."""
+    layout = sharding.batch_sharding(mesh)
+    place = {row: i for i, row in enumerate(rows)}
+
+    def put(local: np.ndarray) -> jax.Array:
+        def block(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = range(total_rows)[index[1]]
+            first = place[wanted[0]]
+            return local[:, first : first + len(wanted)]
+
+        shape = (local.shape[0], total_rows, *local.shape[2:])
+        return jax.make_array_from_callback(shape, layout, block)
+
+    return jax.tree.map(put, batch)
+
+
+class OfflineSource:
+    """The batches of a plan from step `start` on. `waited`: seconds next() stood still for data."""
+
+    def __init__(self, cache: Any, plan: Plan, mesh: jax.sharding.Mesh, start: int = 0):
+        self._mesh, self._plan = mesh, plan
+        self._rows = local_rows(mesh, plan.micro_rows)
+        self._pipeline = Pipeline(cache, plan, rows=self._rows, start=start)
+        self._batches = iter(self._pipeline)
+        self.waited = 0.0
+
+    def next(self) -> Batch:
+        """The next step's batch as global arrays. Raises whatever the loader met."""
+        before = time.monotonic()
+        batch = next(self._batches)
+        self.waited += time.monotonic() - before
+        return to_mesh(batch, self._mesh, self._rows, self._plan.micro_rows)
+
+    def close(self) -> None:
+        """Ends the loader's threads."""
+        self._pipeline.close()
+
+
+def step_size(plan: Plan, step: int, seq_len: int) -> StepSize:
+    """What step `step` of the plan holds."""
+    layout_ABS = plan.layout(step)
+    ids = layout_ABS[layout_ABS >= 0]
+    lengths = plan.index.lengths[ids].astype(np.int64)
+    return StepSize(
+        examples=len(ids),
+        tokens=int(lengths.sum()),
+        trained=int(plan.index.trained[ids].sum()),
+        positions=layout_ABS.shape[0] * layout_ABS.shape[1] * seq_len,
+        pairs=int((lengths * (lengths + 1) // 2).sum()),
+    )

@@ -1,0 +1,36 @@
+"""The state of training: parameters, optimiser state, the number of updates made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from posttrain import optim, sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """params: nested dict of arrays, as in nnx.to_pure_dict of the model's state."""
+
+    step: jax.Array  # int32 scalar: updates made
+    params: Any
+    opt_state: Any
+
+
+def new_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """A fresh state on the mesh that the parameters lie on."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    step = jax.jit(lambda: jnp.int32(0), out_shardings=sharding.replicated(mesh))()
+    return TrainState(step, params, optim.init_state(tx, params))
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )

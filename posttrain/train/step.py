@@ -1,0 +1,122 @@
+"""The one train step, and its twin that only evaluates.
+
+A step takes a Batch of A micro-batches. Losses and metrics travel as (total, count); gradients of
+totals are added up in float32 and divided by the count once: accumulation, packing, the mesh and
+the number of hosts add the same numbers in another order, and change nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from posttrain.losses.nll import nll_by_source
+from posttrain.models.head import token_outputs
+from posttrain.optim import Schedule
+from posttrain.train.state import TrainState
+from posttrain.types import Batch, Mean
+
+Metrics = dict[str, Any]
+"""name -> Mean or scalar array, on device."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """All that is static in computing a loss: the model's structure, the loss, the head's budget.
+
+    budget: trained positions that one shard's rows of one micro-batch hold at the most.
+    """
+
+    graphdef: Any
+    loss: Any  # one of losses.LOSSES
+    mesh: jax.sharding.Mesh
+    budget: int
+    head_chunk: int
+    sources: int
+
+    def __call__(self, params: Any, micro: Batch) -> tuple[Mean, Metrics]:
+        """(loss, metrics) of one micro-batch [B, T]."""
+        model = nnx.merge(self.graphdef, params)
+        hidden_BTD = model.hidden(micro.tokens, micro.positions, micro.segment_ids)
+        outputs = token_outputs(
+            hidden_BTD,
+            model.head_kernel(),
+            micro.tokens,
+            micro.segment_ids,
+            micro.loss_weights,
+            mesh=self.mesh,
+            budget=self.budget,
+            chunk=self.head_chunk,
+            entropy="entropy" in self.loss.needs,
+            correct="correct" in self.loss.needs,
+        )
+        loss, metrics = self.loss(outputs, micro)
+        by_source = nll_by_source(outputs, micro, self.sources)
+        return loss, {**metrics, "loss": loss, "loss_by_source": by_source}
+
+
+def train_step_fn(
+    forward: Forward,
+    tx: optax.GradientTransformation,
+    rate: Schedule,
+    clip_norm: float | None,
+    state: TrainState,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Jitted (state, batch) -> (state, metrics); the state's buffers are donated.
+
+    `state` gives the layout (arrays or abstract): gradients and the new state keep it, so that the
+    second call finds the shardings that the first was compiled for. Metrics are of the parameters
+    before the update; grad_norm is before clipping.
+    """
+
+    layout = jax.tree.map(lambda x: x.sharding, state)
+
+    def total(params: Any, micro: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        loss, metrics = forward(params, micro)
+        return loss.total, (loss.count, metrics)
+
+    def micro_grads(params: Any, micro: Batch) -> tuple[Any, jax.Array, Metrics]:
+        (_, (count, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params, micro)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return jax.lax.with_sharding_constraint(grads, layout.params), count, metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, count, metrics = _sum_over_micro_batches(
+            lambda micro: micro_grads(state.params, micro), batch
+        )
+        grads = jax.tree.map(lambda g: g / count, grads)
+        norm = optax.global_norm(grads)
+        if clip_norm is not None:
+            # torch's clip_grad_norm_ and optax agree but for its 1e-6 in the denominator
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / norm), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+
+def eval_step_fn(forward: Forward) -> Callable[[Any, Batch], Metrics]:
+    """Jitted (params, batch) -> metrics as Means, to be added over batches."""
+
+    def step(params: Any, batch: Batch) -> Metrics:
+        return _sum_over_micro_batches(lambda micro: forward(params, micro)[1], batch)
+
+    return jax.jit(step)
+
+
+def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
+    """Adds function(micro-batch) over the leading axis, one micro-batch in memory at a time."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch.tokens.shape[0] == 1:
+        return function(first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    add = lambda acc, micro: (jax.tree.map(jnp.add, acc, function(micro)), None)  # noqa: E731
+    return jax.lax.scan(add, zero, batch)[0]

@@ -1,0 +1,52 @@
+"""How much arithmetic a step is, by a stated convention, and what share of the peak that makes.
+
+CONVENTION: 6 FLOPs (2 forward, 4 backward) per weight of each matmul per token that passes it: the
+layers' matrices once per non-padding token, the vocabulary head once per TRAINED token (it runs on
+no other). Attention is causal and within its segment: a segment of n tokens has n (n + 1) / 2
+query-key pairs, each 2 matmuls of 2 * heads * head_dim FLOPs forward, three times that in training.
+Padding, rematerialisation and the optimiser count nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from posttrain.models.spec import Spec
+
+CONVENTION = "6 FLOPs/weight/token, causal attention, non-padding tokens, head on trained tokens"
+
+# Peak dense bfloat16 TFLOP/s of one device as jax names it; vendors' data sheets.
+PEAK_TFLOPS = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+}
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What one optimiser step holds, counted on the host from the plan."""
+
+    examples: int
+    tokens: int  # not padding
+    trained: int
+    positions: int  # rows * row length, padding included
+    pairs: int  # causal query-key pairs: sum over segments of n (n + 1) / 2
+
+
+def train_flops(spec: Spec, size: StepSize) -> float:
+    """FLOPs of one optimiser step by CONVENTION."""
+    width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    layer = spec.embed * (2 * width + 2 * kv_width + 3 * spec.mlp)
+    matmuls = 6 * spec.layers * layer * size.tokens
+    head = 6 * spec.embed * spec.vocab_size * size.trained
+    attention = 12 * spec.layers * width * size.pairs
+    return float(matmuls + head + attention)
