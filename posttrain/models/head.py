@@ -1,0 +1,255 @@
+"""The vocabulary head: log-probabilities of trained tokens, without ever holding all logits.
+
+Inside shard_map each shard compacts ITS OWN trained positions to a static budget and walks them
+in chunks. W is gathered over `fsdp` once before the loop and its gradient, added up in float32,
+scattered once after it; in the loop only softmax statistics cross, and only over `tensor`.
+
+Shape suffixes: B rows, T positions, D embed, V vocabulary rows, n compacted positions, c chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from posttrain.sharding import BATCH_AXES, batch_shards, partition_spec
+from posttrain.types import TokenOutputs
+
+_NEGATIVE = -1e30  # a padding row's logit: exp gives exactly 0, and no inf - inf
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the loop must know statically."""
+
+    mesh: jax.sharding.Mesh
+    slots: int  # compacted positions of a shard, a multiple of chunk
+    chunk: int
+    vocab_size: int
+    fsdp: str | None  # the axis W's D is sharded on, if any
+    tensor: str | None  # likewise its V
+    entropy: bool
+    correct: bool
+
+
+def trained_targets(segment_ids_BT: jax.Array, loss_weights_BT: jax.Array) -> jax.Array:
+    """bool [B, T]: tokens with a weight and a token before them in their segment."""
+    before = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    return (loss_weights_BT != 0) & (segment_ids_BT > 0) & (segment_ids_BT == before)
+
+
+def _gather(w: jax.Array, dtype: Any, plan: _Plan) -> jax.Array:
+    w = w.astype(dtype)
+    return jax.lax.all_gather(w, plan.fsdp, axis=0, tiled=True) if plan.fsdp else w
+
+
+def _over_tensor(reduce: Any, x: jax.Array, plan: _Plan) -> jax.Array:
+    return reduce(x, plan.tensor) if plan.tensor else x
+
+
+def _offset(width: int, plan: _Plan) -> Any:
+    """The vocabulary id of this shard's first column."""
+    return jax.lax.axis_index(plan.tensor) * width if plan.tensor else 0
+
+
+def _logits(h_cD: jax.Array, w_DV: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
+    """This shard's columns of the logits, float32, and their vocabulary ids."""
+    ids = _offset(w_DV.shape[1], plan) + jnp.arange(w_DV.shape[1])
+    z = jnp.einsum("cd,dv->cv", h_cD, w_DV, preferred_element_type=jnp.float32)
+    return jnp.where(ids < plan.vocab_size, z, _NEGATIVE), ids
+
+
+def _chunks(x: jax.Array, plan: _Plan) -> jax.Array:
+    return x.reshape(-1, plan.chunk, *x.shape[1:])
+
+
+def _compact(
+    hidden_BTD: jax.Array, tokens_BT: jax.Array, trained_BT: jax.Array, plan: _Plan
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """This shard's trained positions: their predictors' h [n, D], targets [n], flat index [n].
+
+    Slots left over have the index B * T, which scatters drop.
+    """
+    flat = trained_BT.reshape(-1)
+    at_n = jnp.nonzero(flat, size=plan.slots, fill_value=flat.size)[0]
+    h_nD = hidden_BTD.reshape(flat.size, -1).at[at_n - 1].get(mode="fill", fill_value=0)
+    y_n = tokens_BT.reshape(-1).at[at_n].get(mode="fill", fill_value=0)
+    return h_nD, y_n, at_n
+
+
+def _forward(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan):  # inside shard_map
+    h_nD, y_n, at_n = _compact(hidden_BTD, tokens_BT, trained_BT, plan)
+    w_DV = _gather(w, h_nD.dtype, plan)
+
+    def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, dict[str, jax.Array]]:
+        h, y = chunk
+        z, ids = _logits(h, w_DV, plan)
+        top = _over_tensor(jax.lax.pmax, z.max(-1), plan)
+        total = _over_tensor(jax.lax.psum, jnp.exp(z - top[:, None]).sum(-1), plan)
+        lse = top + jnp.log(total)
+        target = jnp.where(ids == y[:, None], z, 0).sum(-1)
+        out = {"logps": _over_tensor(jax.lax.psum, target, plan) - lse, "lse": lse}
+        if plan.entropy:
+            mean = (jnp.exp(z - lse[:, None]) * z).sum(-1)
+            out["entropy"] = lse - _over_tensor(jax.lax.psum, mean, plan)
+        if plan.correct:
+            best = jnp.where(z == top[:, None], ids, jnp.iinfo(jnp.int32).max).min(-1)
+            out["correct"] = (_over_tensor(jax.lax.pmin, best, plan) == y).astype(jnp.float32)
+        return None, out
+
+    _, out = jax.lax.scan(body, None, (_chunks(h_nD, plan), _chunks(y_n, plan)))
+    out = {name: value.reshape(-1) for name, value in out.items()}
+    saved = {name: out[name] for name in ("lse", "entropy") if name in out}
+    del out["lse"]
+    zeros = jnp.zeros(tokens_BT.size, jnp.float32)
+    out = {k: zeros.at[at_n].set(v, mode="drop").reshape(tokens_BT.shape) for k, v in out.items()}
+    overflow = trained_BT.sum() > plan.slots
+    out["logps"] = jnp.where(overflow & trained_BT, jnp.nan, out["logps"])
+    return out, saved
+
+
+def _backward(hidden_BTD, w, tokens_BT, trained_BT, saved, ct, plan: _Plan):  # inside shard_map
+    h_nD, y_n, at_n = _compact(hidden_BTD, tokens_BT, trained_BT, plan)
+    w_DV = _gather(w, h_nD.dtype, plan)
+
+    def body(dw_DV: jax.Array, chunk: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        z, ids = _logits(chunk["h"], w_DV, plan)
+        logp = z - chunk["lse"][:, None]
+        p, g = jnp.exp(logp), chunk["g"][:, None]
+        dz = jnp.where(ids == chunk["y"][:, None], g, 0) - g * p
+        if plan.entropy:  # dH/dz = -p (log p + H)
+            dz -= chunk["g_entropy"][:, None] * p * (logp + chunk["entropy"][:, None])
+        dz = dz.astype(w_DV.dtype)
+        dh = jnp.einsum("cv,dv->cd", dz, w_DV, preferred_element_type=jnp.float32)
+        dw_DV += jnp.einsum("cd,cv->dv", chunk["h"], dz, preferred_element_type=jnp.float32)
+        return dw_DV, dh
+
+    def at(x_BT: jax.Array) -> jax.Array:
+        return x_BT.reshape(-1).at[at_n].get(mode="fill", fill_value=0)
+
+    xs = {"h": h_nD, "y": y_n, "g": at(ct["logps"]), "lse": saved["lse"]}
+    if plan.entropy:
+        xs |= {"entropy": saved["entropy"], "g_entropy": at(ct["entropy"])}
+    xs = {name: _chunks(x, plan) for name, x in xs.items()}
+    dw, dh = jax.lax.scan(body, jnp.zeros(w_DV.shape, jnp.float32), xs)
+    if plan.fsdp:
+        dw = jax.lax.psum_scatter(dw, plan.fsdp, scatter_dimension=0, tiled=True)
+    dw = jax.lax.psum(dw, tuple(axis for axis in BATCH_AXES if axis != plan.fsdp))
+    dh = _over_tensor(jax.lax.psum, dh.reshape(h_nD.shape), plan).astype(h_nD.dtype)
+    flat = jnp.zeros((tokens_BT.size, h_nD.shape[1]), h_nD.dtype)
+    dh = flat.at[jnp.where(at_n < tokens_BT.size, at_n - 1, at_n)].set(dh, mode="drop")
+    return dh.reshape(hidden_BTD.shape), dw.astype(w.dtype)
+
+
+def _shard_map(f: Any, plan: _Plan, in_specs: Any, out_specs: Any) -> Any:
+    # the replication of results is ours to keep (psums above), so that no rule adds another
+    return jax.shard_map(
+        functools.partial(f, plan=plan),
+        mesh=plan.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _outputs(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan) -> Any:
+    return _outputs_fwd(hidden_BTD, w, tokens_BT, trained_BT, plan)[0]
+
+
+def _outputs_fwd(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan):
+    rows, kernel = P(BATCH_AXES), P(plan.fsdp, plan.tensor)
+    forward = _shard_map(_forward, plan, (rows, kernel, rows, rows), (rows, rows))
+    out, saved = forward(hidden_BTD, w, tokens_BT, trained_BT)
+    return out, (hidden_BTD, w, tokens_BT, trained_BT, saved)
+
+
+def _outputs_bwd(plan: _Plan, residuals, ct):
+    rows, kernel = P(BATCH_AXES), P(plan.fsdp, plan.tensor)
+    specs = (rows, kernel, rows, rows, rows, rows)
+    backward = _shard_map(_backward, plan, specs, (rows, kernel))
+    dh, dw = backward(*residuals, ct)
+    return dh, dw, None, None
+
+
+_outputs.defvjp(_outputs_fwd, _outputs_bwd)
+
+
+def token_outputs(
+    hidden_BTD: jax.Array,
+    W_DV: jax.Array,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    loss_weights_BT: jax.Array,
+    *,
+    mesh: jax.sharding.Mesh,
+    budget: int,
+    chunk: int = 1024,
+    vocab_size: int | None = None,
+    entropy: bool = False,
+    correct: bool = False,
+) -> TokenOutputs:
+    """Log-probabilities of the trained tokens (weight != 0), by the positions before them.
+
+    hidden_BTD: after the final norm, in the compute dtype; W_DV: the head's kernel in the
+    weights' dtype. budget: the most trained tokens any shard's rows may hold; chunk: how many
+    are in logits at once. vocab_size: tokens that exist; W's further columns are padding and
+    have probability 0. Differentiable in hidden and W through logps and entropy (nats);
+    `correct` is 1 where the target is the (first) most probable token.
+
+    A shard that holds more trained tokens than fit gives NaN for all of its log-probs, so that
+    no loss is made of a part of them; budget_overflow counts them.
+    Raises ValueError if the mesh does not divide the rows.
+    """
+    shards = batch_shards(mesh)
+    if hidden_BTD.shape[0] % shards:
+        raise ValueError(
+            f"{hidden_BTD.shape[0]} rows do not divide over {shards} shards of the mesh"
+        )
+    kernel = partition_spec(("embed", "vocab"), W_DV.shape, mesh)
+    chunk, slots = _layout(budget, chunk)
+    plan = _Plan(
+        mesh=mesh,
+        slots=slots,
+        chunk=chunk,
+        vocab_size=vocab_size or W_DV.shape[1],
+        fsdp=_axis(kernel[0]),
+        tensor=_axis(kernel[1]),
+        entropy=entropy,
+        correct=correct,
+    )
+    trained = trained_targets(segment_ids_BT, loss_weights_BT)
+    out: Any = _outputs(hidden_BTD, W_DV, tokens_BT, trained, plan)
+    return TokenOutputs(out["logps"], out.get("entropy"), out.get("correct"))
+
+
+def _layout(budget: int, chunk: int) -> tuple[int, int]:
+    """(chunk, slots): even chunks of at most `chunk`, rounded up to 8, that hold the budget."""
+    budget = max(budget, 1)
+    chunks = -(-budget // chunk)
+    size = -(-budget // (chunks * 8)) * 8
+    return size, size * chunks
+
+
+def _axis(entry: Any) -> str | None:
+    assert entry is None or isinstance(entry, str), entry  # one mesh axis a dim, by the table
+    return entry
+
+
+def budget_overflow(
+    segment_ids_BT: jax.Array,
+    loss_weights_BT: jax.Array,
+    *,
+    mesh: jax.sharding.Mesh,
+    budget: int,
+    chunk: int = 1024,
+) -> jax.Array:
+    """int32: trained tokens, over all shards, for which token_outputs has no room. 0 = sound."""
+    trained = trained_targets(segment_ids_BT, loss_weights_BT)
+    counts = trained.reshape(batch_shards(mesh), -1).sum(-1)
+    return jnp.maximum(counts - _layout(budget, chunk)[1], 0).sum()

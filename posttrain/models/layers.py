@@ -1,0 +1,221 @@
+"""The pieces of a decoder layer: weights and how they are gathered, RMSNorm, RoPE, MLP, attention.
+
+Shape suffixes: B rows, T positions, D embed, N query heads, K key/value heads, H head_dim,
+F mlp width, L layers. Weights hold all L layers; the scan hands a layer its slice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from posttrain.models.attention import attention
+from posttrain.models.spec import Rope, Spec
+from posttrain.sharding import LOGICAL_RULES, constrain
+
+
+def make_param(
+    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], dtype: Any, std: float | None
+) -> nnx.Param:
+    """A weight with its logical axes. std: of its normal values; None = ones, 0 = zeros."""
+    assert len(shape) == len(axes), (shape, axes)
+    if std is None:
+        value = jnp.ones(shape, dtype)
+    elif std == 0:
+        value = jnp.zeros(shape, dtype)
+    else:
+        value = (jax.random.normal(rngs.params(), shape, jnp.float32) * std).astype(dtype)
+    return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
+
+
+def _without_fsdp(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    return tuple(None if a is None or "fsdp" in LOGICAL_RULES[a] else a for a in axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(w: jax.Array, axes: tuple[str | None, ...]) -> Any:
+    """The whole weight from its fsdp shards (tensor shards stay); the ONE place that does it.
+
+    The gradient is pinned to the shards' layout, so that it is reduced and scattered and never
+    kept whole: the transpose of a plain constraint would keep it replicated.
+    """
+    return constrain(w, _without_fsdp(axes))
+
+
+def _gather_fwd(w: jax.Array, axes: tuple[str | None, ...]) -> tuple[jax.Array, None]:
+    return gather(w, axes), None
+
+
+def _gather_bwd(axes: tuple[str | None, ...], _: None, ct: jax.Array) -> tuple[jax.Array]:
+    return (constrain(ct, axes),)
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def weight(param: nnx.Param, dtype: Any) -> jax.Array:
+    """A weight ready for a matmul: cast first, then gathered, so that half the bytes travel."""
+    value = param[...]
+    axes = tuple(param.get_metadata("out_sharding"))[-value.ndim :]
+    return gather(value.astype(dtype), axes)
+
+
+def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last dim, in float32; the result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position of each pair of dims, float32 [head_dim / 2].
+
+    llama3 (Llama 3.1 release): wavelengths over original/low are slowed by `factor`, those
+    under original/high kept, those between interpolated.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    freqs = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+    if rope.kind == "default":
+        return freqs
+    if rope.kind == "linear":
+        return (freqs / np.float32(rope.factor)).astype(np.float32)
+    turns = rope.original_max_positions * freqs / np.float32(2 * np.pi)
+    ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = np.clip(ramp, 0.0, 1.0).astype(np.float32)
+    return ((1 - keep) * freqs / np.float32(rope.factor) + keep * freqs).astype(np.float32)
+
+
+def rope_angles(spec: Spec, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, 1, head_dim / 2]: computed once for all layers."""
+    angles = positions_BT[..., None, None].astype(jnp.float32) * rope_frequencies(
+        spec.rope, spec.head_dim
+    )
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (i, i + H/2) of x [B, T, N, H] in float32; the result in x's dtype."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How layers are computed; none of it is in the weights. Hashable (it lives in the graph)."""
+
+    dtype: Any
+    param_dtype: Any
+    remat: str
+    attention: str
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""q [B,T,N,H], k and v [B,T,K,H] -> [B,T,N,H]: training's attention or the decoder's cache."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; biases and per-head norms only where the family has them."""
+
+    def __init__(self, spec: Spec, compute: Compute, rngs: nnx.Rngs):
+        self.spec, self.compute = spec, compute
+        n, d, q, kv, h = spec.layers, spec.embed, spec.heads, spec.kv_heads, spec.head_dim
+        dtype, std = compute.param_dtype, spec.init_std
+        axes = ("layers", "embed", "heads", "head_dim")
+        self.q = make_param(rngs, (n, d, q, h), axes, dtype, std)
+        axes = ("layers", "embed", "kv_heads", "head_dim")
+        self.k = make_param(rngs, (n, d, kv, h), axes, dtype, std)
+        self.v = make_param(rngs, (n, d, kv, h), axes, dtype, std)
+        axes = ("layers", "heads", "head_dim", "embed")
+        self.o = make_param(rngs, (n, q, h, d), axes, dtype, std)
+        if spec.qkv_bias:
+            axes = ("layers", "heads", "head_dim")
+            self.q_bias = make_param(rngs, (n, q, h), axes, dtype, 0)
+            axes = ("layers", "kv_heads", "head_dim")
+            self.k_bias = make_param(rngs, (n, kv, h), axes, dtype, 0)
+            self.v_bias = make_param(rngs, (n, kv, h), axes, dtype, 0)
+        if spec.out_bias:
+            self.o_bias = make_param(rngs, (n, d), ("layers", "norm"), dtype, 0)
+        if spec.qk_norm:
+            self.q_norm = make_param(rngs, (n, h), ("layers", "norm"), dtype, None)
+            self.k_norm = make_param(rngs, (n, h), ("layers", "norm"), dtype, None)
+
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> jax.Array:
+        spec, dtype = self.spec, self.compute.dtype
+        q = jnp.einsum("btd,dnh->btnh", x_BTD, weight(self.q, dtype))
+        k = jnp.einsum("btd,dkh->btkh", x_BTD, weight(self.k, dtype))
+        v = jnp.einsum("btd,dkh->btkh", x_BTD, weight(self.v, dtype))
+        if spec.qkv_bias:
+            q = q + self.q_bias[...].astype(dtype)
+            k = k + self.k_bias[...].astype(dtype)
+            v = v + self.v_bias[...].astype(dtype)
+        if spec.qk_norm:
+            q = rms_norm(q, self.q_norm, spec.rms_eps)
+            k = rms_norm(k, self.k_norm, spec.rms_eps)
+        out = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        out = jnp.einsum("btnh,nhd->btd", out, weight(self.o, dtype))
+        if spec.out_bias:
+            out = out + self.o_bias[...].astype(dtype)
+        return out
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, spec: Spec, compute: Compute, rngs: nnx.Rngs):
+        self.spec, self.compute = spec, compute
+        n, d, f = spec.layers, spec.embed, spec.mlp
+        dtype, std = compute.param_dtype, spec.init_std
+        self.gate = make_param(rngs, (n, d, f), ("layers", "embed", "mlp"), dtype, std)
+        self.up = make_param(rngs, (n, d, f), ("layers", "embed", "mlp"), dtype, std)
+        self.down = make_param(rngs, (n, f, d), ("layers", "mlp", "embed"), dtype, std)
+        if spec.mlp_bias:
+            self.gate_bias = make_param(rngs, (n, f), ("layers", "mlp"), dtype, 0)
+            self.up_bias = make_param(rngs, (n, f), ("layers", "mlp"), dtype, 0)
+            self.down_bias = make_param(rngs, (n, d), ("layers", "norm"), dtype, 0)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        dtype, biased = self.compute.dtype, self.spec.mlp_bias
+        gate = x_BTD @ weight(self.gate, dtype)
+        up = x_BTD @ weight(self.up, dtype)
+        if biased:
+            gate = gate + self.gate_bias[...].astype(dtype)
+            up = up + self.up_bias[...].astype(dtype)
+        out = (jax.nn.silu(gate) * up) @ weight(self.down, dtype)
+        return out + self.down_bias[...].astype(dtype) if biased else out
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and MLP with residuals. Holds all L layers' weights, stacked."""
+
+    def __init__(self, spec: Spec, compute: Compute, rngs: nnx.Rngs):
+        self.spec, self.compute = spec, compute
+        shape, axes, dtype = (spec.layers, spec.embed), ("layers", "norm"), compute.param_dtype
+        self.attention_norm = make_param(rngs, shape, axes, dtype, None)
+        self.attention = Attention(spec, compute, rngs)
+        self.mlp_norm = make_param(rngs, shape, axes, dtype, None)
+        self.mlp = MLP(spec, compute, rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> jax.Array:
+        """One layer's output; self holds one layer's slice (no leading L)."""
+        eps = self.spec.rms_eps
+        x = constrain(x_BTD, ("batch", None, None))
+        x = x + self.attention(rms_norm(x, self.attention_norm, eps), rope, attend)
+        x = constrain(checkpoint_name(x, "attention_block"), ("batch", None, None))
+        return x + self.mlp(rms_norm(x, self.mlp_norm, eps))
+
+
+def segment_attend(segment_ids_BT: jax.Array, implementation: str) -> Attend:
+    """Training's attention: causal within each segment of a packed row."""
+    return lambda q, k, v: attention(q, k, v, segment_ids_BT, implementation=implementation)
