@@ -189,8 +189,8 @@ def token_outputs(
     *,
     mesh: jax.sharding.Mesh,
     budget: int,
+    vocab_size: int,
     chunk: int = 1024,
-    vocab_size: int | None = None,
     entropy: bool = False,
     correct: bool = False,
 ) -> TokenOutputs:
@@ -198,8 +198,8 @@ def token_outputs(
 
     hidden_BTD: after the final norm, in the compute dtype; W_DV: the head's kernel in the
     weights' dtype. budget: the most trained tokens any shard's rows may hold; chunk: how many
-    are in logits at once. vocab_size: tokens that exist; W's further columns are padding and
-    have probability 0. Differentiable in hidden and W through logps and entropy (nats);
+    are in logits at once. vocab_size: tokens that exist (spec.vocab_size); W's further columns
+    are padding and have probability 0. Differentiable in hidden and W through logps and entropy (nats);
     `correct` is 1 where the target is the (first) most probable token.
 
     A shard that holds more trained tokens than fit gives NaN for all of its log-probs, so that
@@ -217,7 +217,7 @@ def token_outputs(
         mesh=mesh,
         slots=slots,
         chunk=chunk,
-        vocab_size=vocab_size or W_DV.shape[1],
+        vocab_size=vocab_size,
         fsdp=_axis(kernel[0]),
         tensor=_axis(kernel[1]),
         entropy=entropy,

@@ -52,6 +52,7 @@ class Forward:
             micro.loss_weights,
             mesh=self.mesh,
             budget=self.budget,
+            vocab_size=model.spec.vocab_size,
             chunk=self.head_chunk,
             entropy="entropy" in self.loss.needs,
             correct="correct" in self.loss.needs,
