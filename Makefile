@@ -1,0 +1,51 @@
+# Everything runs in .venv, made on the first use with Python 3.11 and pip alone.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: setup demo test parity soak bench lint clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.run
+	$(BIN)/posttrain demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+parity: $(VENV)/.parity
+	$(BIN)/python -m pytest -m parity
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest -m bench --capture no
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.run
+
+# torch first and alone: where the index offers a CPU build of it, that one is taken
+$(VENV)/.parity: $(VENV)/.dev
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev,parity]'
+	touch $@
