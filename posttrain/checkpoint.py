@@ -2,7 +2,7 @@
 
 <run_dir>/resolved.yaml    the config, as `posttrain sft <run_dir>/resolved.yaml` would take it
           semantic.json    the part of it that decides the result
-          checkpoints/<k>  Orbax: `state` after k updates, `meta` (JSON)
+          checkpoints/<k>  Orbax: `state` after k updates, the resolved config as its metadata
           metrics.jsonl  tensorboard/  samples/  export/
 """
 
@@ -59,7 +59,7 @@ def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
         _refuse_another_config(run_dir, json.loads(marker.read_text()), cfg, bool(steps))
     if is_primary():
         run_dir.mkdir(parents=True, exist_ok=True)
-        config.write_resolved(cfg, run_dir / "resolved.yaml")
+        (run_dir / "resolved.yaml").write_text(config.resolved_yaml(cfg), encoding="utf-8")
         temporary = run_dir / "semantic.json.tmp"
         temporary.write_text(json.dumps(config.semantic_dict(cfg), indent=1))
         temporary.replace(marker)
@@ -89,16 +89,20 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 class Checkpoints:
-    """Saves and restores (state, meta) by the number of updates made. Saves are asynchronous."""
+    """Saves and restores the training state by the number of updates made; saving is asynchronous.
 
-    def __init__(self, run_dir: Path, cfg: CheckpointConfig):
+    The state's step is the position in the data and, with the seed of the config, the state of all
+    randomness. `record` (the resolved config) is written beside each state, for people to read.
+    """
+
+    def __init__(self, run_dir: Path, cfg: CheckpointConfig, record: dict[str, Any] | None = None):
         from orbax.checkpoint import v1 as ocp
 
         keep = ocp.training.preservation_policies
         policies: list[Any] = [keep.LatestN(cfg.keep)]
         if cfg.keep_every:
             policies.append(keep.EveryNSteps(cfg.keep_every))
-        self._every = cfg.every
+        self._every, self._record = cfg.every, record
         self._orbax = ocp.training.Checkpointer(
             (run_dir / "checkpoints").absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -115,16 +119,14 @@ class Checkpoints:
         """Whether `checkpoint.every` asks for one after this many updates."""
         return step % self._every == 0
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Copies the arrays, writes in the background: the caller may donate them at once."""
-        if self.latest() == step:
-            return
-        self._orbax.save_checkpointables_async(step, {"state": state, "meta": meta}, force=True)
+        if self.latest() != step:
+            self._orbax.save_async(step, state, force=True, custom_metadata=self._record)
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """(state, meta) of a step (the latest), laid out as abstract_state says, on any mesh."""
-        loaded = self._orbax.load_checkpointables(step, {"state": abstract_state, "meta": {}})
-        return loaded["state"], loaded["meta"]
+    def restore(self, abstract_state: Any, step: int | None = None) -> Any:
+        """The state of a step (the latest), laid out as abstract_state says, on any mesh."""
+        return self._orbax.load(step, abstract_state)
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -145,5 +147,4 @@ def restore_params(source: str, abstract_params: Any) -> Any:
     path = Path(folder).absolute() / "checkpoints" / str(step or steps[-1])
     loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
     with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
-        loaded = ocp.load_checkpointables(path, {"state": {"params": abstract_params}})
-    return loaded["state"]["params"]
+        return ocp.load(path, {"params": abstract_params}, checkpointable_name="state")["params"]

@@ -1,9 +1,8 @@
 """Supervised fine-tuning: a model folder and conversations -> a model that takes turns and stops.
 
-It prepares the data (once: there is a cache), plans every batch, trains, evaluates on held-out sets,
-keeps checkpoints, and at the end writes <run_dir>/export, a Hugging Face folder. Start it again and
-it goes on where it was. It leaves out preferences, rewards and adapters: those are other jobs.
-
+Prepares the data (once: there is a cache), plans every batch, trains, evaluates on held-out sets,
+keeps checkpoints, and at the end writes <run_dir>/export, a Hugging Face folder. Start it again
+and it goes on where it was. It leaves out preferences, rewards and adapters: those are other jobs.
     posttrain sft configs/sft/llama_messages.yaml model.path=MODEL run_dir=runs/first
 """
 

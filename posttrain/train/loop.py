@@ -75,8 +75,8 @@ class Run:
     evaluate: Callable[[TrainState, int], dict[str, float]] | None
     """(state, step) -> metrics; called every eval_every steps and at the end."""
     eval_every: int | None
-    meta: dict[str, Any]
-    """What a checkpoint records beside the state; `num_tokens` goes on from here."""
+    tokens_before: int
+    """Non-padding tokens of the steps that an earlier start of the run made."""
 
 
 @dataclass
@@ -123,7 +123,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
                     reporter.report(pending.popleft())
                 with reporter.paused():
                     if run.checkpoints.due(step) or last or stopped:
-                        run.checkpoints.save(step, state, run.meta | reporter.counters())
+                        run.checkpoints.save(step, state)
                     if evaluates and run.evaluate is not None and not stopped:
                         found = run.evaluate(state, step)
                         run.writer.write(step, found)
@@ -142,7 +142,7 @@ class _Reporter:
 
     def __init__(self, run: Run, progress: Progress):
         self._run, self._progress = run, progress
-        self._tokens = int(run.meta.get("num_tokens", 0))
+        self._tokens = run.tokens_before
         self._clock = time.monotonic()
         self._steps = 0
         device = jax.local_devices()[0]
@@ -150,9 +150,6 @@ class _Reporter:
         self._peak = peak * 1e12 * jax.device_count() if peak else None
         self._device = device
         self._process = psutil.Process()
-
-    def counters(self) -> dict[str, Any]:
-        return {"num_tokens": self._tokens}
 
     def paused(self) -> _Pause:
         """Time inside does not count as training time."""

@@ -16,7 +16,7 @@ from posttrain import checkpoint, optim, sharding
 from posttrain.chat.template import ChatTemplate
 from posttrain.chat.tokenizer import Tokenizer
 from posttrain.checkpoint import Checkpoints, is_primary
-from posttrain.config import ConfigError
+from posttrain.config import ConfigError, plain_dict
 from posttrain.data.cache import Cache
 from posttrain.data.config import DataConfig
 from posttrain.data.plan import BatchConfig, Plan
@@ -53,7 +53,7 @@ def use_compile_cache() -> None:
 
 
 def open_model(cfg: Any, mesh: jax.sharding.Mesh) -> Model:
-    """Weights straight onto the mesh; added tokens get rows. cfg has the sections model and chat."""
+    """Weights straight onto the mesh; added tokens get rows. Reads cfg.model and cfg.chat."""
     folder = hf.local_folder(cfg.model.path)
     tokenizer = Tokenizer.load(folder)
     size = tokenizer.size
@@ -111,12 +111,12 @@ class Parts:
         return prepare(data, self.model.chat, is_primary=is_primary())
 
 
-def run_sft(cfg: Any) -> int:
-    """The whole job of posttrain.jobs.sft; its exit code."""
+def run_sft(cfg: Any, devices: Sequence[Any] | None = None) -> int:
+    """The whole job of posttrain.jobs.sft, on all devices or those given; its exit code."""
     began = time.monotonic()
     sharding.init_distributed(cfg.distributed)
     use_compile_cache()
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = sharding.make_mesh(cfg.mesh, devices)
     with jax.set_mesh(mesh):
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         parts = Parts(cfg, mesh, open_model(cfg, mesh))
@@ -137,10 +137,9 @@ def _train(parts: Parts, cache: Cache, plan: Plan, resuming: bool, began: float)
         )
         params = checkpoint.restore_params(cfg.checkpoint.init_from, layout)
     state = new_state(params, tx)
-    checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint)
-    meta: dict[str, Any] = {"num_tokens": 0}
+    checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, plain_dict(cfg))
     if resuming:
-        state, meta = checkpoints.restore(abstract(state))
+        state = checkpoints.restore(abstract(state))
     start = int(state.step)
     if start > plan.steps:
         raise ConfigError(
@@ -171,7 +170,7 @@ def _train(parts: Parts, cache: Cache, plan: Plan, resuming: bool, began: float)
         log=cfg.log,
         evaluate=_evaluation(parts, held_out) if held_out else None,
         eval_every=cfg.eval.every,
-        meta=meta,
+        tokens_before=sum(step_size(plan, k, cfg.data.seq_len).tokens for k in range(start)),
     )
     try:
         state, preempted = loop.train(run, state)

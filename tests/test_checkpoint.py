@@ -1,0 +1,112 @@
+"""A run's folder: what continues in it, what is refused, and what a checkpoint gives back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from posttrain import checkpoint, sharding
+from posttrain.checkpoint import CheckpointConfig, Checkpoints, open_run, restore_params
+from posttrain.config import Config, ConfigError, runtime, semantic
+from posttrain.optim import OptimConfig, make_optimizer
+from posttrain.train.state import abstract, new_state
+
+
+class Length(Config):
+    steps: int | None = semantic(None, help="steps")
+
+
+class Run(Config):
+    lr: float = semantic(1.0, help="semantic")
+    mesh: int = runtime(1, help="runtime")
+    train: Length = semantic(Length(), help="how long")
+
+
+def touch_checkpoint(run: Path, step: int) -> None:
+    (run / "checkpoints" / str(step)).mkdir(parents=True)
+
+
+def test_another_semantic_config_is_refused_with_its_keys(tmp_path: Path) -> None:
+    assert open_run(tmp_path, Run(), "auto") is False
+    touch_checkpoint(tmp_path, 5)
+    with pytest.raises(ConfigError, match=r"lr: the run has 1\.0, this config 2\.0"):
+        open_run(tmp_path, Run(lr=2.0), "auto")
+    assert open_run(tmp_path, Run(mesh=8), "auto") is True  # runtime keys are free
+
+
+def test_a_run_is_extended_but_not_cut(tmp_path: Path) -> None:
+    open_run(tmp_path, Run(train=Length(steps=10)), "auto")
+    touch_checkpoint(tmp_path, 10)
+    assert open_run(tmp_path, Run(train=Length(steps=20)), "auto") is True
+    with pytest.raises(ConfigError, match=r"train\.steps: the run has 20, this config 10"):
+        open_run(tmp_path, Run(train=Length(steps=10)), "auto")
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_any_config(tmp_path: Path) -> None:
+    open_run(tmp_path, Run(), "auto")
+    assert open_run(tmp_path, Run(lr=2.0), "auto") is False
+
+
+def test_must_and_never_mean_what_they_say(tmp_path: Path) -> None:
+    """open-instruct #1823: `--resume` ignored in silence."""
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        open_run(tmp_path, Run(), "must")
+    touch_checkpoint(tmp_path, 5)
+    with pytest.raises(ConfigError, match="holds checkpoints"):
+        open_run(tmp_path, Run(), "never")
+
+
+def state_on(mesh: jax.sharding.Mesh, spec: P):
+    params = {"w": jax.device_put(np.arange(64.0).reshape(8, 8), NamedSharding(mesh, spec))}
+    return new_state(params, make_optimizer(OptimConfig(), 10))
+
+
+def test_a_checkpoint_is_restored_on_another_mesh_to_the_bit(tmp_path: Path) -> None:
+    saver = Checkpoints(tmp_path, CheckpointConfig(every=2))
+    state = state_on(sharding.make_mesh(sharding.MeshConfig(fsdp=8)), P("fsdp"))
+    assert not saver.due(3)
+    assert saver.due(4)
+    saver.save(4, state)
+    jax.tree.map(lambda x: x.delete(), state)  # what donation does, while the save is under way
+    saver.close()
+    other = sharding.make_mesh(sharding.MeshConfig(data=4, tensor=2, fsdp=1))
+    target = state_on(other, P("tensor", "data"))
+    loader = Checkpoints(tmp_path, CheckpointConfig())
+    assert loader.latest() == 4
+    found = loader.restore(abstract(target))
+    loader.close()
+    np.testing.assert_array_equal(found.params["w"], np.arange(64.0).reshape(8, 8))
+    assert found.params["w"].sharding.spec == P("tensor", "data")
+
+
+def test_only_the_latest_and_the_kept_multiples_stay(tmp_path: Path) -> None:
+    saver = Checkpoints(tmp_path, CheckpointConfig(keep=2, keep_every=4))
+    state = state_on(sharding.make_mesh(sharding.MeshConfig()), P())
+    for step in range(1, 8):
+        saver.save(step, state)
+    saver.close()
+    assert checkpoint.saved_steps(tmp_path) == [4, 6, 7]
+
+
+def test_init_from_takes_the_parameters_alone(tmp_path: Path) -> None:
+    saver = Checkpoints(tmp_path, CheckpointConfig())
+    state = state_on(sharding.make_mesh(sharding.MeshConfig()), P())
+    for step in (1, 2):
+        saver.save(step, state)
+        saver_state = jax.tree.map(lambda x: x + 1, state.params)
+        state = type(state)(state.step, saver_state, state.opt_state)
+    saver.close()
+    layout = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=p.sharding), state.params
+    )
+    found = restore_params(f"{tmp_path}@1", layout)
+    np.testing.assert_array_equal(np.asarray(found["w"], np.float32).ravel(), np.arange(64.0))
+    assert restore_params(str(tmp_path), layout)["w"][0, 0] == 1
+    with pytest.raises(ValueError, match=r"the run has steps \[1, 2\]"):
+        restore_params(f"{tmp_path}@9", layout)
