@@ -77,6 +77,7 @@ def write_model_folder(folder: str | Path, texts: Iterable[str], *, config: dict
     tokenizer.save(str(folder / "tokenizer.json"))
     ends = [vocab[TURN_END], vocab[TEXT_END]]
     named = {"eos_token": TEXT_END, "pad_token": PAD, "unk_token": UNKNOWN}
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -90,7 +91,7 @@ def write_model_folder(folder: str | Path, texts: Iterable[str], *, config: dict
     _write_json(
         folder / "generation_config.json", {"eos_token_id": ends, "pad_token_id": vocab[PAD]}
     )
-    _write_json(
+    _write_json(  # last: where it is, the folder is whole
         folder / "config.json",
         {
             "architectures": ["LlamaForCausalLM"],
@@ -102,7 +103,6 @@ def write_model_folder(folder: str | Path, texts: Iterable[str], *, config: dict
             **config,
         },
     )
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return len(vocab)
 
 

@@ -1,0 +1,275 @@
+"""From a base model to one that takes turns, in minutes, on two cores, with no downloads.
+
+It writes the texts of a small made-up world (posttrain/data/world.py), a tokenizer and a Llama of
+some 170 thousand parameters with random weights; trains it on prose (the base model), then on
+conversations (SFT), with the code of `posttrain sft` and nothing else; asks both models the same
+held-out questions, and shows what they say and how often they end their turn.
+
+It leaves out preferences, rewards and reasoning: SFT is the only stage after the base here.
+
+    posttrain demo                     (or: make demo)
+    posttrain demo work_dir=runs/mine seed=1
+
+<work_dir>/model   tokenizer and shape      base/ sft/   the two runs, their exports inside
+           data    what was trained on      report.json  every figure shown, with n and temperature
+
+Started again, it goes on where it was; what is finished is not done again. Afterwards:
+
+    posttrain chat model.path=<work_dir>/sft/export
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain import config
+from posttrain.chat.parse import parse_assistant
+from posttrain.config import Config as Section
+from posttrain.config import ConfigError, runtime, semantic
+from posttrain.data import world as worlds
+from posttrain.data.world import TURN_MARKS, Probe
+from posttrain.data.world_model import ROLES, write_model_folder
+from posttrain.report import before_after
+from posttrain.report.before_after import Answers
+from posttrain.sampling import turns
+
+Stage = Literal["base", "sft"]
+Generate = Callable[[list[list[int]]], list[list[int]]]
+"""Prompts -> replies, in tokens; a reply ends with its stop token if there was one."""
+
+
+class StageConfig(Section):
+    """One training stage."""
+
+    steps: int = semantic(gt=0, help="optimiser steps")
+    lr: float = semantic(gt=0, help="peak learning rate; cosine after a short warm-up")
+
+
+class Config(Section):
+    """The demo. The defaults fit five minutes on two cores."""
+
+    job: Literal["demo"] = semantic("demo", help="names the job")
+    work_dir: Path = runtime(Path("runs/demo"), help="everything is written here")
+    seed: int = semantic(0, ge=0, help="of the world, the weights and the order of examples")
+    documents: int = semantic(300, gt=0, help="base texts, 200 lines each")
+    conversations: int = semantic(12000, gt=0, help="conversations to train on")
+    hidden_size: int = semantic(64, gt=0, multiple_of=4, help="width of the model (4 heads)")
+    layers: int = semantic(3, gt=0, help="layers of the model")
+    rows: int = semantic(24, gt=0, help="packed rows of a batch")
+    seq_len: int = semantic(64, ge=64, help="tokens of a row; the longest conversation has 47")
+    base: StageConfig = semantic(StageConfig(steps=900, lr=4e-3), help="training on prose")
+    sft: StageConfig = semantic(StageConfig(steps=900, lr=2e-3), help="training on conversations")
+    replay: float = semantic(0.1, ge=0, lt=1, help="share of base text in the SFT mixture")
+    probes: int = semantic(64, gt=0, help="held-out questions of each kind")
+    temperature: float = semantic(1.0, ge=0, help="of the measured answers")
+    max_new_tokens: int = semantic(48, gt=0, help="an answer longer than this did not stop")
+
+
+def stage_config(cfg: Config, name: Stage) -> dict[str, Any]:
+    """The config of a stage's `posttrain sft` run, as its YAML would say it."""
+    work, stage = cfg.work_dir, getattr(cfg, name)
+    texts = {"path": str(work / "data/texts.jsonl"), "format": "text"}
+    chats = {"path": str(work / "data/chats.jsonl"), "format": "messages"}
+    if name == "base":
+        sources = {"prose": texts}
+    elif cfg.replay:
+        sources = {
+            "chats": chats | {"weight": 1 - cfg.replay},
+            "prose": texts | {"weight": cfg.replay},
+        }
+    else:
+        sources = {"chats": chats}
+    first = {"path": str(work / "model"), "random_init": True, "init_seed": cfg.seed}
+    return {
+        "job": "sft",
+        "run_dir": str(work / name),
+        "seed": cfg.seed,
+        "model": {
+            **(first if name == "base" else {"path": str(work / "base/export")}),
+            "dtype": "float32",
+            "remat": "none",
+            "vocab_multiple": 1,
+        },
+        "data": {
+            "sources": sources,
+            "seq_len": cfg.seq_len,
+            "too_long": "split",
+            "cache_dir": str(work / "data/cache"),
+            "workers": 0,
+        },
+        "batch": {"rows": cfg.rows},
+        "optim": {"lr": stage.lr, "warmup": min(50, stage.steps // 4), "b2": 0.98},
+        "train": {"steps": stage.steps},
+        "checkpoint": {"every": max(stage.steps // 2, 1), "keep": 1},
+        "log": {"every": max(stage.steps // 5, 1)},
+    }
+
+
+def write_inputs(cfg: Config) -> worlds.World:
+    """The world's texts, and the folder of the untrained model; what is there is kept."""
+    world = worlds.make_world(cfg.seed)
+    texts, chats = cfg.work_dir / "data/texts.jsonl", cfg.work_dir / "data/chats.jsonl"
+    if not texts.exists():
+        worlds.write_texts(texts, world, documents=cfg.documents)
+    if not chats.exists():
+        worlds.write_chats(chats, world, conversations=cfg.conversations)
+    if not (cfg.work_dir / "model/config.json").exists():
+        write_model_folder(cfg.work_dir / "model", _all_text(texts, chats), config=_shape(cfg))
+    return world
+
+
+def _shape(cfg: Config) -> dict[str, Any]:
+    return {
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.hidden_size * 8 // 3 // 4 * 4,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2 * cfg.seq_len,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "initializer_range": cfg.hidden_size**-0.5 / 4,
+    }
+
+
+def _all_text(texts: Path, chats: Path) -> Iterator[str]:
+    for line in texts.open(encoding="utf-8"):
+        yield json.loads(line)["text"]
+    for line in chats.open(encoding="utf-8"):
+        for message in json.loads(line)["messages"]:
+            yield message["content"]
+            yield message.get("reasoning_content", "")
+
+
+def refuse_another(cfg: Config) -> None:
+    """ConfigError where work_dir holds a demo of other settings; else notes this one's there."""
+    marker = cfg.work_dir / "demo.json"
+    if marker.exists():
+        differing = config.diff(json.loads(marker.read_text()), cfg)
+        if differing:
+            said = "\n".join(
+                f"    {k}: {was!r}, now {now!r}" for k, (was, now) in differing.items()
+            )
+            raise ConfigError(
+                f"{cfg.work_dir} holds a demo of other settings; give another work_dir:\n{said}"
+            )
+    cfg.work_dir.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps(config.semantic_dict(cfg), indent=1) + "\n")
+
+
+def train_stage(cfg: Config, name: Stage) -> int:
+    """Runs a stage unless its export is there; the exit code of `posttrain sft`."""
+    from posttrain.jobs import sft
+
+    if (cfg.work_dir / name / "export/config.json").exists():
+        print(f"{name}: finished before, kept", flush=True)
+        return 0
+    return sft.run(sft.Config.model_validate(stage_config(cfg, name)))
+
+
+def open_export(cfg: Config, name: Stage) -> tuple[Any, Generate]:
+    """A trained stage: the model with its tokenizer and template, and how it answers."""
+    import jax
+    from flax import nnx
+
+    from posttrain import sharding
+    from posttrain.jobs import chat
+    from posttrain.sampling import engine
+    from posttrain.train.setup import open_model
+
+    sections = stage_config(cfg, name)["model"] | {"path": str(cfg.work_dir / name / "export")}
+    sections.pop("random_init", None)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    with jax.set_mesh(mesh):
+        model = open_model(chat.Config.model_validate({"model": sections}), mesh)
+    network = nnx.merge(model.graphdef, nnx.State(model.params))
+
+    def generate(prompts: list[list[int]]) -> list[list[int]]:
+        with jax.set_mesh(mesh):
+            return engine.generate(
+                network,
+                prompts,
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                stop_ids=model.chat.stop_ids,
+                seed=cfg.seed,
+            )
+
+    return model, generate
+
+
+def ask(cfg: Config, name: Stage, probes: Sequence[Probe], *, plain: bool) -> Answers:
+    """Puts every probe to a stage: as a chat, or (`plain`) as the base text writes such things."""
+    model, generate = open_export(cfg, name)
+    tokenizer, stop_ids = model.tokenizer, set(model.chat.stop_ids)
+    if plain:
+        prompts = [tokenizer.encode(worlds.plain_prompt(probe.messages)).ids for probe in probes]
+        marks = [lead + mark for mark in TURN_MARKS.values() for lead in ("", " ")]
+    else:
+        prompts = [model.chat.generation_prompt(probe.messages) for probe in probes]
+        marks = list(ROLES.values())
+    openers = {tokenizer.encode(mark).ids[0] for mark in marks}
+    replies = generate(prompts)
+    texts = [tokenizer.decode(reply) for reply in replies]
+    said = [parse_assistant(remove_stop(tokenizer, r, stop_ids))["content"] for r in replies]
+    return Answers(texts, before_after.measure(replies, said, probes, stop_ids, openers))
+
+
+def remove_stop(tokenizer: Any, reply: Sequence[int], stop_ids: Collection[int]) -> str:
+    """The text of a reply up to its stop token."""
+    return tokenizer.decode([*reply[:-1]] if turns.stops(reply, stop_ids) else [*reply])
+
+
+class _Clock:
+    """Seconds of each part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+
+
+def run(cfg: Config) -> int:
+    """Exit code: 0, or that of a stage which was told to stop. ConfigError as in refuse_another."""
+    clock = _Clock()
+    refuse_another(cfg)
+    with clock("world"):
+        world = write_inputs(cfg)
+    stages: tuple[Stage, ...] = ("base", "sft")
+    for name in stages:
+        with clock(name):
+            code = train_stage(cfg, name)
+        if code:
+            return code
+    probes = worlds.probes(world, each=cfg.probes)
+    with clock("asking"):
+        answers = {
+            "base, as plain text": ask(cfg, "base", probes, plain=True),
+            "base, as a chat": ask(cfg, "base", probes, plain=False),
+            "after SFT, as a chat": ask(cfg, "sft", probes, plain=False),
+        }
+    before_after.show(
+        probes,
+        answers,
+        title=f"Rates over {len(probes)} held-out questions, temperature {cfg.temperature:g}",
+        caption=f"an answer is at most {cfg.max_new_tokens} tokens; drawn with seed {cfg.seed}",
+    )
+    path = cfg.work_dir / "report.json"
+    drawn = {k: getattr(cfg, k) for k in ("temperature", "max_new_tokens", "seed")}
+    seconds = {name: round(value, 1) for name, value in clock.seconds.items()}
+    figures = {**drawn, "rates": before_after.as_json(answers), "seconds": seconds}
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
+    print(f"figures: {path}\ntalk to it: posttrain chat model.path={cfg.work_dir}/sft/export")
+    return 0
