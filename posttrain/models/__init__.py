@@ -15,6 +15,12 @@ MODELS = {
     "qwen2": qwen.read_qwen2,
     "qwen3": qwen.read_qwen3,
 }
+# What transformers calls the causal model of each, for a config.json that does not say.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def read_spec(folder: str | Path) -> Spec:

@@ -199,8 +199,8 @@ def token_outputs(
     hidden_BTD: after the final norm, in the compute dtype; W_DV: the head's kernel in the
     weights' dtype. budget: the most trained tokens any shard's rows may hold; chunk: how many
     are in logits at once. vocab_size: tokens that exist (spec.vocab_size); W's further columns
-    are padding and have probability 0. Differentiable in hidden and W through logps and entropy (nats);
-    `correct` is 1 where the target is the (first) most probable token.
+    are padding and have probability 0. Differentiable in hidden and W through logps and entropy
+    (nats); `correct` is 1 where the target is the (first) most probable token.
 
     A shard that holds more trained tokens than fit gives NaN for all of its log-probs, so that
     no loss is made of a part of them; budget_overflow counts them.

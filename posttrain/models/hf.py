@@ -6,9 +6,10 @@ is unpickled: pytorch_model.bin is refused.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
 
-from posttrain.models import read_spec
+from posttrain.models import ARCHITECTURES, read_spec
+from posttrain.models.folder import Planned, Tensors, TensorWriter, local_folder
 from posttrain.models.keys import (
     KEYS,
     Key,
@@ -29,8 +30,9 @@ from posttrain.models.keys import (
     file_slices,
     from_file,
     is_stacked,
+    to_file,
 )
-from posttrain.models.spec import ModelConfig, Spec, read_json
+from posttrain.models.spec import DtypeName, ModelConfig, Spec
 from posttrain.models.transformer import Compute, abstract_model, compute_of, random_model
 
 _NO_IDS = range(0)
@@ -45,76 +47,6 @@ class Model:
     spec: Spec
     graph: nnx.GraphDef
     state: nnx.State
-
-
-def local_folder(path: str) -> Path:
-    """The folder of a model: `path` itself, or a download where it is a hub id (owner/name).
-
-    Raises ValueError where it is neither, or where the hub cannot be reached.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ValueError(f"model path {path!r}: no such folder, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
-    except Exception as e:
-        raise ValueError(
-            f"model path {path!r}: no such folder here, and the hub did not give it: "
-            f"{type(e).__name__}: {e}"
-        ) from e
-
-
-class Tensors:
-    """The tensors of a folder's *.safetensors, by name; reads slices, holds files open."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = set(read_json(index).get("weight_map", {}).values())
-            files = [folder / Path(name).name for name in sorted(names)]
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
-            hint = (
-                f"{pickles[0]} is a pickle, which can run code when it is read: save the model "
-                "with safe_serialization=True first"
-                if pickles
-                else "for a random model from config.json alone set model.random_init=true"
-            )
-            raise ValueError(f"{folder}: no *.safetensors; {hint}")
-        self._where: dict[str, Any] = {}
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{index}: names {file.name}, which is not in the folder")
-            opened = safe_open(file, framework="np")
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                self._where[name] = opened
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def names(self) -> set[str]:
-        """All tensors' names."""
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return tuple(self._where[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        """A tensor's dtype as safetensors spells it (F32, BF16, ...)."""
-        return self._where[name].get_slice(name).get_dtype()
-
-    def read(self, name: str, slices: Slices) -> np.ndarray:
-        """A part of one tensor."""
-        return self._where[name].get_slice(name)[slices]
 
 
 def check_tensors(tensors: Tensors, paths: dict[str, tuple[int, ...]], spec: Spec) -> None:
@@ -136,7 +68,12 @@ def check_tensors(tensors: Tensors, paths: dict[str, tuple[int, ...]], spec: Spe
             elif tensors.dtype(name) not in _FLOATS:
                 wrong.append(f"wrong dtype: {name} is {tensors.dtype(name)}, not a float")
     for name in sorted(tensors.names() - expected):
-        if not _IGNORED.match(name) and not (spec.tied and name == KEYS["head"].name):
+        if spec.tied and name == KEYS["head"].name:
+            if not tensors.equal(name, KEYS["embedding"].name):
+                wrong.append(
+                    f"{name} differs from the embedding, though tie_word_embeddings is true"
+                )
+        elif not _IGNORED.match(name):
             wrong.append(f"unexpected: {name} {list(tensors.shape(name))}")
     if wrong:
         raise ValueError(
@@ -255,3 +192,82 @@ def open_model(
         graph, state = random_model(spec, compute, mesh, cfg.init_seed)
         return Model(spec, graph, state)
     return load(folder, spec, mesh, compute, new_ids=new_ids)
+
+
+def save(
+    folder: str | Path,
+    spec: Spec,
+    params: Any,
+    tokenizer: Any = None,
+    *,
+    dtype: DtypeName = "float32",
+    stop_ids: Sequence[int] = (),
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes an HF folder: config.json, safetensors, and what the tokenizer saves of itself.
+
+    params: the model's state, or the nested dict of its arrays. Padding rows are left out; values
+    are rounded to `dtype`. One tensor at a time is gathered: every process must call this, process
+    0 writes. stop_ids go into generation_config.json as the tokens that end generation.
+    shard_bytes: size limit of one file; the tensors of several are listed in an index.
+    """
+    folder, primary = Path(folder), jax.process_index() == 0
+    if primary:
+        folder.mkdir(parents=True, exist_ok=True)
+    flat = dict(flat_params(params))
+    to = jnp.dtype(dtype)
+    order = [(path, i, name) for path in flat for i, name in file_names(path, spec)]
+    order.sort(key=lambda item: (is_stacked(item[0]), item[1]))
+    planned = []
+    for path, _, name in order:
+        shape = flat[path].shape[1:] if is_stacked(path) else flat[path].shape
+        planned.append(Planned(name, file_shape(KEYS[path], shape, spec.vocab_size), to))
+    writer = TensorWriter(folder, planned, shard_bytes) if primary else None
+    for path, layer, name in order:
+        array = _fetch(flat[path], layer if is_stacked(path) else None, to)
+        if writer:
+            writer.write(name, to_file(KEYS[path], array, spec.vocab_size))
+    if writer:
+        writer.finish()
+        _write_configs(folder, spec, dtype, stop_ids)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def flat_params(params: Any) -> Iterator[tuple[str, jax.Array]]:
+    """("layers/attention/q", array) of a state or a nested dict of arrays."""
+    pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
+    for path, array in jax.tree_util.tree_flatten_with_path(pure)[0]:
+        yield "/".join(str(key.key) for key in path), array
+
+
+@functools.cache
+def _gatherer(everywhere: jax.sharding.NamedSharding, dtype: Any, stacked: bool) -> Any:
+    def take(x: jax.Array, i: jax.Array) -> jax.Array:
+        x = jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False) if stacked else x
+        return x.astype(dtype)
+
+    return jax.jit(take, out_shardings=everywhere)
+
+
+def _fetch(array: jax.Array, layer: int | None, dtype: Any) -> np.ndarray:
+    """One tensor, whole, on every host."""
+    assert isinstance(array.sharding, jax.sharding.NamedSharding)
+    everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
+    whole = _gatherer(everywhere, dtype, layer is not None)(array, np.int32(layer or 0))
+    return np.asarray(whole.addressable_data(0))
+
+
+def _write_configs(folder: Path, spec: Spec, dtype: str, stop_ids: Sequence[int]) -> None:
+    raw = json.loads(spec.config_json)
+    raw |= {"vocab_size": spec.vocab_size, "dtype": dtype}
+    if "torch_dtype" in raw:
+        raw["torch_dtype"] = dtype
+    if not raw.get("architectures"):
+        raw["architectures"] = [ARCHITECTURES[spec.family]]
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    if stop_ids:
+        ids = {k: raw[k] for k in ("bos_token_id", "pad_token_id") if raw.get(k) is not None}
+        generation = {"eos_token_id": list(stop_ids), **ids}
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(generation, indent=2) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,16 +100,19 @@ class Spec:
 
 
 # Fields of config.json that do not change what the decoder computes.
-_HARMLESS = set(
-    """
-    architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id
-    eos_token_id pad_token_id max_position_embeddings initializer_range pretraining_tp
-    max_window_layers sliding_window _name_or_path _commit_hash _attn_implementation
-    _attn_implementation_autoset return_dict output_attentions output_hidden_states torchscript
-    id2label label2id problem_type finetuning_task task_specific_params tokenizer_class prefix
-    chunk_size_feed_forward unsloth_version unsloth_fixed do_sample temperature top_p top_k
-    max_length min_length num_beams repetition_penalty length_penalty
-    """.split()
+_HARMLESS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id
+        eos_token_id pad_token_id max_position_embeddings initializer_range pretraining_tp
+        max_window_layers sliding_window _name_or_path _commit_hash _attn_implementation
+        _attn_implementation_autoset return_dict output_attentions output_hidden_states
+        torchscript id2label label2id problem_type finetuning_task task_specific_params
+        tokenizer_class prefix chunk_size_feed_forward unsloth_version unsloth_fixed do_sample
+        temperature top_p top_k max_length min_length num_beams repetition_penalty length_penalty
+        """,
+    )
 )
 # Fields that change the maths: the values under which this decoder is the model.
 _ONLY: dict[str, tuple[Any, ...]] = {

@@ -37,7 +37,8 @@ REMAT = {
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> Any:
     """Rows of the table in `dtype`. Its gradient adds up in float32, whatever the dtype is."""
-    return gather(table_VD.astype(dtype), ("vocab", "embed"))[tokens_BT]
+    table: Any = gather(table_VD.astype(dtype), ("vocab", "embed"))
+    return table[tokens_BT]
 
 
 def _look_up_fwd(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> Any:
@@ -69,7 +70,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Embedded tokens [B, T, D] in the compute dtype."""
-        x = _look_up(self.embedding[...], tokens_BT, self.compute.dtype)
+        x: Any = _look_up(self.embedding[...], tokens_BT, self.compute.dtype)
         return constrain(x, ("batch", None, None))
 
     def hidden(

@@ -1,0 +1,187 @@
+"""A model folder on disk: where it is, and its *.safetensors read and written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+from posttrain.models.keys import Slices
+from posttrain.models.spec import read_json
+
+_DTYPES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a model: `path` itself, or a download where it is a hub id (owner/name).
+
+    Raises ValueError where it is neither, or where the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ValueError(f"model path {path!r}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except Exception as e:
+        raise ValueError(
+            f"model path {path!r}: no such folder here, and the hub did not give it: "
+            f"{type(e).__name__}: {e}"
+        ) from e
+
+
+class Tensors:
+    """The tensors of a folder's *.safetensors, by name; reads slices, holds files open."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = set(read_json(index).get("weight_map", {}).values())
+            files = [folder / Path(name).name for name in sorted(names)]
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
+            hint = (
+                f"{pickles[0]} is a pickle, which can run code when it is read: save the model "
+                "with safe_serialization=True first"
+                if pickles
+                else "for a random model from config.json alone set model.random_init=true"
+            )
+            raise ValueError(f"{folder}: no *.safetensors; {hint}")
+        self._where: dict[str, Any] = {}
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{index}: names {file.name}, which is not in the folder")
+            opened = safe_open(file, framework="np")
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                self._where[name] = opened
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def names(self) -> set[str]:
+        """All tensors' names."""
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors spells it (F32, BF16, ...)."""
+        return self._where[name].get_slice(name).get_dtype()
+
+    def read(self, name: str, slices: Slices) -> np.ndarray:
+        """A part of one tensor."""
+        return self._where[name].get_slice(name)[slices]
+
+    def equal(self, one: str, other: str, rows: int = 4096) -> bool:
+        """Whether two tensors hold the same values; `rows` of each in memory at a time."""
+        if self.shape(one) != self.shape(other):
+            return False
+        cuts = [(slice(i, i + rows),) for i in range(0, self.shape(one)[0], rows)]
+        return all(np.array_equal(self.read(one, cut), self.read(other, cut)) for cut in cuts)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorWriter:
+    """Writes safetensors files with one tensor in memory: headers first, then each tensor's bytes.
+
+    Everything is planned before: the files' sizes, and so their headers and names, follow from the
+    shapes. Files carry the end `.partial` until finish() renames them, and removes the weights
+    that an earlier export left in the folder.
+    """
+
+    def __init__(self, folder: Path, planned: Sequence[Planned], shard_bytes: int):
+        self._folder = folder
+        self._files: list[list[Planned]] = [[]]
+        for tensor in planned:
+            size = sum(t.bytes for t in self._files[-1])
+            if self._files[-1] and size + tensor.bytes > shard_bytes:
+                self._files.append([])
+            self._files[-1].append(tensor)
+        n = len(self._files)
+        self._names = (
+            ["model.safetensors"]
+            if n == 1
+            else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        )
+        self._queue = [(file, tensor) for file, group in enumerate(self._files) for tensor in group]
+        self._next = 0
+        self._at = -1  # the file that is open
+        self._open: IO[bytes] | None = None
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """The next tensor of the plan."""
+        file, tensor = self._queue[self._next]
+        assert (name, array.shape, array.dtype) == (tensor.name, tensor.shape, tensor.dtype)
+        if self._open is None or self._at != file:
+            self._at, self._open = file, self._begin(file)
+        self._open.write(np.ascontiguousarray(array).view(np.uint8).data)
+        self._next += 1
+
+    def _begin(self, file: int) -> IO[bytes]:
+        if self._open is not None:
+            self._open.close()
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in self._files[file]:
+            header[tensor.name] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.bytes],
+            }
+            offset += tensor.bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        opened = (self._folder / (self._names[file] + ".partial")).open("wb")
+        opened.write(len(text).to_bytes(8, "little") + text)
+        return opened
+
+    def finish(self) -> None:
+        """All are written: gives the files their names, and an index where they are several."""
+        assert self._next == len(self._queue), "tensors of the plan were not written"
+        assert self._open is not None
+        self._open.close()
+        for old in self._folder.glob("model*.safetensors*"):
+            if not old.name.endswith(".partial"):
+                old.unlink()
+        for name in self._names:
+            (self._folder / (name + ".partial")).rename(self._folder / name)
+        if len(self._names) > 1:
+            index = {
+                "metadata": {"total_size": sum(tensor.bytes for _, tensor in self._queue)},
+                "weight_map": {tensor.name: self._names[file] for file, tensor in self._queue},
+            }
+            path = self._folder / "model.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2) + "\n")
