@@ -43,7 +43,7 @@ def type_name(annotation: Any) -> str:
         return f"[{', '.join(map(type_name, args)) if fixed else type_name(args[0]) + ', ...'}]"
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return "section"
-    return getattr(annotation, "__name__", str(annotation))
+    return getattr(annotation, "__name__", str(annotation)).replace("Path", "path")
 
 
 def _default(info: FieldInfo) -> str:
