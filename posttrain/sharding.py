@@ -122,7 +122,9 @@ def partition_spec(
         axes = LOGICAL_RULES[name] if name is not None else ()
         for axis in axes:
             if axis in taken:
-                raise ValueError(f"{tuple(logical)}: {taken[axis]!r} and {name!r} collide on {axis!r}")
+                raise ValueError(
+                    f"{tuple(logical)}: {taken[axis]!r} and {name!r} collide on {axis!r}"
+                )
             taken[axis] = str(name)
         if shape is not None and mesh is not None:
             parts = int(np.prod([mesh.shape[axis] for axis in axes]))

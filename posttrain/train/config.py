@@ -11,7 +11,7 @@ from posttrain.data.config import SourceConfig
 class TrainConfig(Config):
     """How long to train."""
 
-    epochs: float | None = semantic(None, gt=0, help="passes over the data; 1 if steps is not set")
+    epochs: int | None = semantic(None, gt=0, help="passes over the data; 1 if steps is not set")
     steps: int | None = semantic(None, gt=0, help="optimiser steps, instead of epochs")
     head_chunk: int = runtime(256, gt=0, help="trained tokens per chunk of the vocabulary head")
 

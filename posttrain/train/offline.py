@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import jax
@@ -40,20 +39,21 @@ def to_mesh(batch: Batch, mesh: jax.sharding.Mesh, rows: list[int], total_rows: 
 
 
 class OfflineSource:
-    """The batches of a plan from step `start` on. `waited`: seconds next() stood still for data."""
+    """The batches of a plan from step `start` on, each a function of its number alone."""
 
-    def __init__(self, cache: Any, plan: Plan, mesh: jax.sharding.Mesh, start: int = 0):
+    def __init__(self, examples: Any, plan: Plan, mesh: jax.sharding.Mesh, start: int = 0):
         self._mesh, self._plan = mesh, plan
         self._rows = local_rows(mesh, plan.micro_rows)
-        self._pipeline = Pipeline(cache, plan, rows=self._rows, start=start)
-        self._batches = iter(self._pipeline)
-        self.waited = 0.0
+        self._pipeline = Pipeline(examples, plan, rows=self._rows, start=start)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that next() stood still because no batch was ready."""
+        return self._pipeline.seconds_waited
 
     def next(self) -> Batch:
         """The next step's batch as global arrays. Raises whatever the loader met."""
-        before = time.monotonic()
-        batch = next(self._batches)
-        self.waited += time.monotonic() - before
+        batch = next(self._pipeline)
         return to_mesh(batch, self._mesh, self._rows, self._plan.micro_rows)
 
     def close(self) -> None:
@@ -61,15 +61,14 @@ class OfflineSource:
         self._pipeline.close()
 
 
-def step_size(plan: Plan, step: int, seq_len: int) -> StepSize:
+def step_size(plan: Plan, step: int) -> StepSize:
     """What step `step` of the plan holds."""
-    layout_ABS = plan.layout(step)
-    ids = layout_ABS[layout_ABS >= 0]
+    ids = plan.examples(step)
     lengths = plan.index.lengths[ids].astype(np.int64)
     return StepSize(
         examples=len(ids),
         tokens=int(lengths.sum()),
         trained=int(plan.index.trained[ids].sum()),
-        positions=layout_ABS.shape[0] * layout_ABS.shape[1] * seq_len,
+        positions=plan.rows * plan.seq_len,
         pairs=int((lengths * (lengths + 1) // 2).sum()),
     )

@@ -75,15 +75,16 @@ class Parts:
     mesh: jax.sharding.Mesh
     model: Model
 
-    def plan(self, cache: Cache, batch: BatchConfig, *, epochs: Any, steps: Any) -> Plan:
+    def plan(self, cache: Cache, data: DataConfig, batch: BatchConfig, **length: Any) -> Plan:
+        """`length`: epochs= or steps=."""
         return Plan(
             cache,
             batch,
-            seq_len=self.cfg.data.seq_len,
+            seq_len=data.seq_len,
             seed=self.cfg.seed,
-            epochs=epochs,
-            steps=steps,
             batch_shards=sharding.batch_shards(self.mesh),
+            sources=data.sources,
+            **length,
         )
 
     def forward(self, plan: Plan, sources: int) -> Forward:
@@ -103,7 +104,7 @@ class Parts:
             data = self.cfg.data.model_copy(update={"sources": {name: source}})
             cache = self.prepare(data)
             batch = self.cfg.batch.model_copy(update={"order": "sequential"})
-            plan = self.plan(cache, batch, epochs=1, steps=None)
+            plan = self.plan(cache, data, batch, epochs=1)
             sets.append(HeldOut(name, cache, plan, eval_step_fn(self.forward(plan, 1))))
         return sets
 
@@ -121,8 +122,8 @@ def run_sft(cfg: Any, devices: Sequence[Any] | None = None) -> int:
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         parts = Parts(cfg, mesh, open_model(cfg, mesh))
         cache = parts.prepare(cfg.data)
-        epochs = cfg.train.epochs if cfg.train.epochs or cfg.train.steps else 1
-        plan = parts.plan(cache, cfg.batch, epochs=epochs, steps=cfg.train.steps)
+        length = {"steps": cfg.train.steps} if cfg.train.steps else {"epochs": cfg.train.epochs or 1}
+        plan = parts.plan(cache, cfg.data, cfg.batch, **length)
         return _train(parts, cache, plan, resuming, began)
 
 
@@ -161,7 +162,7 @@ def _train(parts: Parts, cache: Cache, plan: Plan, resuming: bool, began: float)
         spec=model.spec,
         train_step=step,
         source=source,
-        size=lambda k: step_size(plan, k, cfg.data.seq_len),
+        size=lambda k: step_size(plan, k),
         total_steps=plan.steps,
         steps_per_epoch=plan.steps_per_epoch,
         source_names=names,
@@ -170,7 +171,7 @@ def _train(parts: Parts, cache: Cache, plan: Plan, resuming: bool, began: float)
         log=cfg.log,
         evaluate=_evaluation(parts, held_out) if held_out else None,
         eval_every=cfg.eval.every,
-        tokens_before=sum(step_size(plan, k, cfg.data.seq_len).tokens for k in range(start)),
+        tokens_before=sum(step_size(plan, k).tokens for k in range(start)),
     )
     try:
         state, preempted = loop.train(run, state)
@@ -194,9 +195,8 @@ def _say(
     for line in (
         f"model: {model.spec.family}, {model.spec.parameters:,} parameters, {cfg.model.path}",
         f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {shape}",
-        f"plan: {plan.steps} steps of {plan.micro_rows} rows x {plan.accumulate} micro-batches x "
-        f"{cfg.data.seq_len} positions, {plan.efficiency:.1%} of them filled; "
-        f"head budget {plan.head_budget()} trained tokens a shard",
+        plan.describe(),
+        f"vocabulary head: at most {plan.head_budget():,} trained tokens in a shard's rows",
         *(f"template: {warning}" for warning in model.chat.check()),
         f"{'continuing at' if start else 'starting at'} step {start}, "
         f"{time.monotonic() - began:.1f} s after the start",

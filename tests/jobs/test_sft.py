@@ -1,0 +1,88 @@
+"""`posttrain sft` whole: against TRL's figures, and against itself on other meshes and layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.jobs.runs import Finished, Runner
+
+SHORT = "train.steps=10"
+
+
+def golden(data_dir: Path, name: str) -> list[dict]:
+    return json.loads((data_dir / "golden" / name).read_text())["log_history"]
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.max(np.abs(got - want) / np.abs(want)))
+
+
+def l2_apart(a: Finished, b: Finished) -> dict[str, float]:
+    """Relative L2 distance of each tensor."""
+    mine, other = a.weights, b.weights
+    assert mine.keys() == other.keys()
+    norm = np.linalg.norm
+    return {k: float(norm(mine[k] - other[k]) / norm(other[k])) for k in mine}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("sft_b8.json", []), ("sft_b4_accum2.json", ["batch.accumulate=2"])]
+)
+def test_twenty_steps_equal_trl(
+    run_sft: Runner, data_dir: Path, name: str, keys: list[str]
+) -> None:
+    """Loss and gradient norm of 20 steps within 1e-4 relative of TRL's, at every step."""
+    run = run_sft("train.steps=20", *keys, devices=1)
+    rows = [row for row in golden(data_dir, name) if "loss" in row]
+    assert len(rows) == 20
+    want = lambda key: np.array([row[key] for row in rows])  # noqa: E731
+    got = lambda key: np.array([row[key] for row in run.metrics])  # noqa: E731
+    print(f"{name}: loss {relative(got('loss'), want('loss')):.1e}", end=" ")
+    print(f"grad_norm {relative(got('grad_norm'), want('grad_norm')):.1e}")
+    assert relative(got("loss"), want("loss")) < 1e-4
+    assert relative(got("grad_norm"), want("grad_norm")) < 1e-4
+    assert got("num_tokens").tolist() == want("num_tokens").tolist()
+    assert (got("learning_rate") == np.float32(1e-3)).all()
+
+
+@pytest.fixture(scope="module")
+def one_device(run_sft: Runner) -> Finished:
+    """Ten steps on one device, unpacked, no accumulation: what all layouts must equal."""
+    return run_sft(SHORT, devices=1)
+
+
+def mesh(data: int, fsdp: int, tensor: int) -> list[str]:
+    return [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"]
+
+
+LAYOUTS = {
+    "data 8": mesh(8, 1, 1),
+    "fsdp 8": mesh(1, 8, 1),
+    "data 2, fsdp 4": mesh(2, 4, 1),
+    "data 2, fsdp 2, tensor 2": mesh(2, 2, 2),
+    "tensor 8": mesh(1, 1, 8),  # more devices than KV heads: those are replicated
+    "packed": ["batch.packing=best_fit", *mesh(1, 2, 1)],
+    "accumulation 4": ["batch.accumulate=4", *mesh(1, 2, 1)],
+    "remat": ["model.remat=full", *mesh(1, 1, 2)],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_changes_nothing(run_sft: Runner, one_device: Finished, layout: str) -> None:
+    """Loss of 10 steps within 1e-5 relative, parameters within 1e-5 relative L2 per tensor."""
+    keys = LAYOUTS[layout]
+    devices = int(np.prod([int(k.split("=")[1]) for k in keys if k.startswith("mesh")]))
+    run = run_sft(SHORT, *keys, devices=devices)
+    apart = l2_apart(run, one_device)
+    worst = max(apart, key=lambda k: apart[k])
+    print(
+        f"{layout}: loss {relative(run.losses, one_device.losses):.1e}, {worst} {apart[worst]:.1e}"
+    )
+    assert relative(run.losses, one_device.losses) < 1e-5
+    assert apart[worst] < 1e-5, (worst, apart[worst])
+    if layout == "packed":
+        assert run.metrics[0]["packing_efficiency"] > one_device.metrics[0]["packing_efficiency"]

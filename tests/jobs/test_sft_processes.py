@@ -1,0 +1,81 @@
+"""One run on several processes, runs that are told to stop, runs that go on elsewhere."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from posttrain.train.loop import PREEMPTED
+from tests.jobs.runs import Finished, Runner, finish, start, start_together
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.max(np.abs(got - want) / np.abs(want)))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_sft: Runner) -> Finished:
+    """Ten steps on one device."""
+    return run_sft("train.steps=10", devices=1)
+
+
+def wait_for_step(folder: Path, step: int, running: subprocess.Popen[str]) -> None:
+    """Until metrics.jsonl has the step's line (or the process has ended)."""
+    metrics = folder / "metrics.jsonl"
+    until = time.monotonic() + 200
+    while time.monotonic() < until and running.poll() is None:
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.02)
+
+
+def test_two_processes_make_the_same_run_and_another_host_count_resumes_it(
+    golden_keys: list[str], undisturbed: Finished, tmp_path: Path, run_sft: Runner
+) -> None:
+    """1 process against 2: loss within 1e-5, parameters within 1e-5 relative L2; then 2 -> 1."""
+    keys = [*golden_keys, f"run_dir={tmp_path}", "train.steps=6", "mesh.data=2", "mesh.fsdp=2"]
+    assert finish(start_together(keys, processes=2, devices=2)) == [0, 0]
+    both = Finished(0, tmp_path)
+    assert relative(both.losses, undisturbed.losses[:6]) < 1e-5
+    resumed = run_sft("train.steps=10", devices=1, folder=tmp_path)
+    assert [line["step"] for line in resumed.metrics] == list(range(1, 11))
+    assert relative(resumed.losses, undisturbed.losses) < 1e-5
+    for name, want in undisturbed.weights.items():
+        apart = np.linalg.norm(resumed.weights[name] - want) / np.linalg.norm(want)
+        assert apart < 1e-5, (name, apart)
+
+
+def test_sigterm_saves_leaves_with_the_preemption_code_and_resumes_to_the_bit(
+    golden_keys: list[str], undisturbed: Finished, tmp_path: Path
+) -> None:
+    keys = [*golden_keys, f"run_dir={tmp_path}", "train.steps=10"]
+    running = start(keys, devices=1)
+    wait_for_step(tmp_path, 2, running)
+    running.send_signal(signal.SIGTERM)
+    assert finish([running]) == [PREEMPTED]
+    stopped = Finished(PREEMPTED, tmp_path)
+    assert 2 <= len(stopped.metrics) < 10
+    assert not (tmp_path / "export").exists()
+    assert finish([start(keys, devices=1)]) == [0]
+    assert [line["step"] for line in stopped.metrics] == list(range(1, 11))
+    for name, want in undisturbed.weights.items():
+        np.testing.assert_array_equal(stopped.weights[name], want, err_msg=name)
+    tokens = [line["num_tokens"] for line in stopped.metrics]
+    assert tokens == [line["num_tokens"] for line in undisturbed.metrics]
+
+
+def test_sigterm_to_one_process_stops_all_at_the_same_step(
+    golden_keys: list[str], tmp_path: Path
+) -> None:
+    keys = [*golden_keys, f"run_dir={tmp_path}", "train.steps=500", "batch.examples=4"]
+    running = start_together([*keys, "train.epochs=null"], processes=2, devices=1)
+    wait_for_step(tmp_path, 3, running[0])
+    running[1].send_signal(signal.SIGTERM)
+    assert finish(running) == [PREEMPTED, PREEMPTED]
+    steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert steps[-1] == Finished(0, tmp_path).metrics[-1]["step"]
