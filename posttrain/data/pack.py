@@ -12,6 +12,7 @@ Shapes: N examples, R rows.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -124,7 +125,7 @@ def _pack_window(lengths: np.ndarray, capacity: int) -> np.ndarray:
 def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """The row of each example: longest first, each into the fullest row that has room for it."""
     row_of = np.empty(len(lengths), np.int64)
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    with_room: dict[int, list[int]] = defaultdict(list)
     rooms = 0  # bit r: some row has room for r
     rows = 0
     for i in np.argsort(-lengths, kind="stable").tolist():

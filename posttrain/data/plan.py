@@ -1,0 +1,285 @@
+"""The plan of a run's data: which examples are in step k, and where in the batch they lie.
+
+Everything follows from (lengths, trained counts, sources, config, seed): no step depends on the one
+before it, and every host works out the same plan, so that resuming at step k takes the number k and
+nothing else. `accumulate` and the number of batch shards move rows about inside a step; they never
+change which examples the step has.
+
+Shapes: A micro-batches, B rows of a micro-batch, S segments of a row; K steps, N examples.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from jaxtyping import Int
+from pydantic import model_validator
+
+from posttrain.config import Config, runtime, semantic
+from posttrain.data.config import SourceConfig
+from posttrain.data.order import ROWS, epoch_order, mixture_repeats, permutation
+from posttrain.data.pack import Rows, pack
+
+
+class BatchConfig(Config):
+    """What one optimiser step takes, and how it is laid out."""
+
+    rows: int | None = semantic(
+        None, gt=0, help="rows of seq_len tokens per step, packed over the epoch (or: examples)"
+    )
+    examples: int | None = semantic(
+        None, gt=0, help="examples per step, in as many rows as they need (or: rows)"
+    )
+    packing: Literal["best_fit", "none"] = semantic(
+        "best_fit", help="best_fit: several examples share a row; none: one example per row"
+    )
+    order: Literal["shuffle", "sequential"] = semantic(
+        "shuffle", help="shuffle anew in each epoch, or keep the order of the data"
+    )
+    accumulate: int = runtime(
+        1, gt=0, help="micro-batches that a step is split into, to save memory"
+    )
+    threads: int = runtime(4, ge=0, help="threads that read ahead; 0 reads when asked")
+    prefetch: int = runtime(8, gt=0, help="steps read ahead of the one that trains")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> BatchConfig:
+        if (self.rows is None) == (self.examples is None):
+            raise ValueError("set exactly one of rows and examples: the size of a step")
+        return self
+
+
+class Index(Protocol):
+    """What a plan has to know of a cache."""
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " N"]: ...
+
+    @property
+    def trained(self) -> Int[np.ndarray, " N"]: ...
+
+    @property
+    def source_ids(self) -> Int[np.ndarray, " N"]: ...
+
+    @property
+    def source_names(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """One epoch's rows (members are example ids) and the first row of each step, with the end."""
+
+    rows: Rows
+    step_starts: Int[np.ndarray, " K+1"]
+    trained: Int[np.ndarray, " R"]
+
+
+class Plan:
+    """Steps 0 .. steps-1 over whole epochs. A batch never crosses epochs; the last one of an epoch
+    may be short and is filled up with empty rows.
+
+    steps, steps_per_epoch (of the first epoch), rows (of a step, empty ones included: accumulate *
+    micro_rows), micro_rows (a multiple of batch_shards), max_segments (S), repeats (source name ->
+    times an epoch sees each of its examples), efficiency (share of all positions that hold a token)
+    and fill (the same for rows that are in use: what packing is to be judged by).
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        batch: BatchConfig,
+        *,
+        seq_len: int,
+        seed: int,
+        epochs: int | None = None,
+        steps: int | None = None,
+        batch_shards: int = 1,
+        sources: Mapping[str, SourceConfig] | None = None,
+    ):
+        """`epochs` whole epochs, or `steps` steps over as many as that takes: one of the two.
+
+        `sources` gives weights and repeats by name; without it every example is seen once an epoch.
+        Raises ValueError where an example is longer than seq_len, or a step would train on nothing.
+        """
+        if (epochs is None) == (steps is None):
+            raise ValueError("give exactly one of epochs and steps: the length of the run")
+        if (epochs if steps is None else steps) < 1:  # pyright: ignore[reportOptionalOperand]
+            raise ValueError(f"epochs={epochs}, steps={steps}: must be at least 1")
+        if not len(index.lengths):
+            raise ValueError("the data set has no examples")
+        self.index, self.batch, self.seq_len, self.seed = index, batch, seq_len, seed
+        self.batch_shards = batch_shards
+        self._repeats = self._mixture(sources)
+        self.repeats = dict(zip(index.source_names, self._repeats.tolist(), strict=True))
+
+        self._epochs: list[_Epoch] = []
+        firsts = [0]
+        while len(self._epochs) < epochs if epochs is not None else firsts[-1] < (steps or 0):
+            self._epochs.append(self._plan_epoch(len(self._epochs)))
+            firsts.append(firsts[-1] + len(self._epochs[-1].step_starts) - 1)
+        self._firsts = np.asarray(firsts)  # the first step of each epoch, and the end
+        self.steps = firsts[-1] if steps is None else steps
+        self.steps_per_epoch = firsts[1]
+
+        used = [self._epoch_part(e) for e in range(len(self._epochs))]
+        self.max_segments = max(int(rows.sizes.max()) for rows, _ in used)
+        widest = batch.rows or max(int(np.diff(starts).max()) for _, starts in used)
+        groups = batch.accumulate * batch_shards
+        self.micro_rows = -(-widest // groups) * batch_shards
+        self.rows = batch.accumulate * self.micro_rows
+        tokens = sum(int(rows.sums(index.lengths).sum()) for rows, _ in used)
+        self.fill = tokens / (sum(len(rows) for rows, _ in used) * seq_len)
+        self.efficiency = tokens / (self.steps * self.rows * seq_len)
+        self._budget: int | None = None
+        self._refuse_untrained()
+
+    def epoch_of(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it) of a step, both from 0."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of a plan of {self.steps} steps")
+        epoch = int(np.searchsorted(self._firsts, step, side="right")) - 1
+        return epoch, step - int(self._firsts[epoch])
+
+    def examples(self, step: int) -> Int[np.ndarray, " n"]:
+        """The ids of a step's examples, row by row. Accumulation and mesh have no part in it."""
+        rows, _ = self._step_rows(step)
+        return rows.members
+
+    def layout(self, step: int) -> Int[np.ndarray, "A B S"]:
+        """int32 example ids by micro-batch, row and segment; -1 where there is no segment.
+
+        A shard's rows are a contiguous block of B / batch_shards. Rows are dealt to micro-batches
+        and shards so that each has about as many trained tokens: the head's static budget is the
+        largest count of all.
+        """
+        rows, trained = self._step_rows(step)
+        groups = self.batch.accumulate * self.batch_shards
+        room = self.rows // groups
+        out = np.full((groups, room, self.max_segments), -1, np.int32)
+        group_of = _spread(trained, groups, room)
+        place = np.zeros(groups, np.int64)
+        for members, group in zip(rows, group_of, strict=True):
+            out[group, place[group], : len(members)] = members
+            place[group] += 1
+        return out.reshape(self.batch.accumulate, self.micro_rows, self.max_segments)
+
+    def head_budget(self) -> int:
+        """The most trained tokens in one shard's rows of any micro-batch of any step."""
+        if self._budget is None:
+            groups = self.batch.accumulate * self.batch_shards
+            room, most = self.rows // groups, 0
+            for step in range(self.steps):
+                _, trained = self._step_rows(step)
+                loads = np.bincount(_spread(trained, groups, room), trained, groups)
+                most = max(most, int(loads.max()))
+            self._budget = most
+        return self._budget
+
+    def describe(self) -> str:
+        """A few lines for the terminal: size of the run, packing, mixture."""
+        packed = sum(len(rows) for rows, _ in map(self._epoch_part, range(len(self._epochs))))
+        lines = [
+            f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch) of {self.rows:,} rows x "
+            f"{self.seq_len:,} tokens in {self.batch.accumulate} micro-batch(es)",
+            f"{packed:,} rows {self.fill:.2%} full, {self.efficiency:.2%} with the empty rows of "
+            f"short steps; at most {self.max_segments} examples in a row",
+        ]
+        sizes = np.bincount(self.index.source_ids, minlength=len(self.repeats))
+        for (name, times), size in zip(self.repeats.items(), sizes.tolist(), strict=True):
+            lines.append(f"{name}: {size:,} examples, seen {times:.4g} times an epoch")
+        return "\n".join(lines)
+
+    def _mixture(self, sources: Mapping[str, SourceConfig] | None) -> np.ndarray:
+        names = self.index.source_names
+        if sources is None:
+            return np.ones(len(names))
+        return mixture_repeats(
+            names,
+            np.bincount(self.index.source_ids, minlength=len(names)).tolist(),
+            [sources[name].weight for name in names],
+            [sources[name].repeats for name in names],
+        )
+
+    def _plan_epoch(self, epoch: int) -> _Epoch:
+        cfg, index = self.batch, self.index
+        ids = epoch_order(
+            index.source_ids, self._repeats, seed=self.seed, epoch=epoch, order=cfg.order
+        )
+        lengths = index.lengths[ids]
+        if cfg.rows is not None:
+            packed = pack(lengths, self.seq_len, packing=cfg.packing)
+            if cfg.order == "shuffle":  # or a batch would have rows of like lengths
+                turn = permutation(len(packed), ROWS, self.seed, epoch)
+            else:
+                turn = np.argsort(packed.members[packed.starts[:-1]], kind="stable")
+            packed = packed.take(turn)
+            step_starts = np.append(np.arange(0, len(packed), cfg.rows), len(packed))
+        else:
+            size = cfg.examples or 0
+            parts = [
+                pack(lengths[i : i + size], self.seq_len, packing=cfg.packing)
+                for i in range(0, len(ids), size)
+            ]
+            step_starts = np.cumsum([0] + [len(part) for part in parts])
+            packed = Rows(
+                np.concatenate([part.members + k * size for k, part in enumerate(parts)]),
+                np.cumsum(np.concatenate([[0]] + [part.sizes for part in parts])),
+            )
+        rows = Rows(ids[packed.members], packed.starts)
+        return _Epoch(rows, step_starts, rows.sums(index.trained))
+
+    def _epoch_part(self, e: int) -> tuple[Rows, np.ndarray]:
+        """The rows of epoch e that the run gets to, and their steps' first rows."""
+        epoch = self._epochs[e]
+        starts = epoch.step_starts[: self.steps - int(self._firsts[e]) + 1]
+        ends = epoch.rows.starts[: starts[-1] + 1]
+        return Rows(epoch.rows.members[: ends[-1]], ends), starts
+
+    def _step_rows(self, step: int) -> tuple[Rows, np.ndarray]:
+        """A step's rows and each row's trained tokens."""
+        e, k = self.epoch_of(step)
+        epoch = self._epochs[e]
+        first, last = epoch.step_starts[k : k + 2]
+        starts = epoch.rows.starts[first : last + 1]
+        rows = Rows(epoch.rows.members[starts[0] : starts[-1]], starts - starts[0])
+        return rows, epoch.trained[first:last]
+
+    def _refuse_untrained(self) -> None:
+        """A step whose every token is masked has no loss: better said before step 1."""
+        for e, epoch in enumerate(self._epochs):
+            sums = np.add.reduceat(epoch.trained, epoch.step_starts[:-1])
+            for k in np.flatnonzero(sums == 0):
+                step = int(self._firsts[e] + k)
+                if step < self.steps:
+                    ids = self.examples(step)
+                    names = sorted({self.index.source_names[self.index.source_ids[i]] for i in ids})
+                    raise ValueError(
+                        f"step {step} trains on nothing: none of its {len(ids)} examples (the "
+                        f"first is example {ids[0]}, sources: {', '.join(names)}) has a trained "
+                        "token; see what `posttrain data prepare` says was truncated, or use "
+                        "larger steps"
+                    )
+
+
+def _spread(trained: np.ndarray, groups: int, room: int) -> list[int]:
+    """The group of each row: most trained tokens first, each to the lightest group with room.
+
+    Longest-processing-time scheduling (Graham 1969), here with a limit to the rows of a group.
+    """
+    if groups == 1:
+        return [0] * len(trained)
+    group_of = [0] * len(trained)
+    heap = [(0, group, room) for group in range(groups)]
+    weights = trained.tolist()
+    for r in sorted(range(len(weights)), key=lambda r: -weights[r]):
+        load, group, left = heap[0]
+        group_of[r] = group
+        if left > 1:
+            heapq.heapreplace(heap, (load + weights[r], group, left - 1))
+        else:
+            heapq.heappop(heap)
+    return group_of
