@@ -31,3 +31,15 @@ def attention(
     return jax.nn.dot_product_attention(
         q, k, v, mask=segment_mask(segment_ids), implementation="xla"
     )
+
+
+def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
+    """Attention of one new token a row over its cache; float32 softmax.
+
+    q: [B, 1, N, H]; keys, values: [B, S, K, H]; at: int32 [B], the new token's own slot: it sees
+    slots 0..at. Gives [B, 1, N, H].
+    """
+    visible = jnp.arange(keys.shape[1]) <= at[:, None]
+    return jax.nn.dot_product_attention(
+        q, keys, values, mask=visible[:, None, None, :], implementation="xla"
+    )

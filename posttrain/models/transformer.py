@@ -90,8 +90,11 @@ class Transformer(nnx.Module):
         if (policy := REMAT[self.compute.remat]) is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x, _ = jax.lax.scan(body, self.embed(tokens_BT), stacked)
-        x = constrain(x, ("batch", None, None))
-        return rms_norm(x, self.final_norm, self.spec.rms_eps)
+        return self.normed(constrain(x, ("batch", None, None)))
+
+    def normed(self, x_BTD: jax.Array) -> jax.Array:
+        """The final norm."""
+        return rms_norm(x_BTD, self.final_norm, self.spec.rms_eps)
 
     def head_kernel(self) -> jax.Array:
         """[D, V] in the weights' dtype; the embedding transposed where the head is tied."""
