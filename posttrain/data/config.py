@@ -54,7 +54,7 @@ class DataConfig(Config):
     sources: dict[str, SourceConfig] = semantic(
         min_length=1, help="name -> source; the name is used in reports and metrics"
     )
-    seq_len: int = semantic(1024, gt=1, help="most tokens of one example, and of one packed row")
+    seq_len: int = semantic(1024, ge=8, help="most tokens of one example, and of one packed row")
     too_long: TooLong = semantic(
         "truncate_end",
         help="an example over seq_len: truncate_end, truncate_start, split, drop or error",

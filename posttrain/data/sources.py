@@ -146,7 +146,7 @@ def find_files(cfg: SourceConfig) -> list[str]:
             raise ValueError(f"{pattern}: no file matches")
         files += found
     for file in files:
-        _kind(file)
+        kind_of(file)
     return files
 
 
@@ -163,7 +163,8 @@ def _expand(pattern: str) -> list[str]:
     return sorted(str(path) for path in folder.glob("/".join(parts[wild:])))
 
 
-def _kind(file: str) -> str:
+def kind_of(file: str) -> str:
+    """The entry of KINDS that reads the file. ValueError: none does."""
     name = file.lower().removesuffix(".gz")
     for suffix, kind in KINDS.items():
         if name.endswith(suffix):
@@ -214,7 +215,7 @@ def read_rows(cfg: SourceConfig) -> Iterator[Row]:
 def _read_file(file: str) -> Iterator[Block]:
     from etils import epath
 
-    kind = _kind(file)
+    kind = kind_of(file)
     if kind == "array_record":
         yield from _array_record(file)
         return

@@ -1,0 +1,34 @@
+"""Every bad line of the data, with what to do about it; nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from posttrain.chat.template import ChatTemplate
+from posttrain.data.config import DataConfig
+from posttrain.data.prepare import run
+from posttrain.data.report import Report, SourceReport
+from posttrain.data.rows import Defect
+from posttrain.data.sources import find_files
+
+
+@dataclass(frozen=True)
+class Checked:
+    """All defects, in the order of the data, and the number of rows that were read."""
+
+    defects: list[Defect]
+    rows: int
+
+
+def check(cfg: DataConfig, chat: ChatTemplate | None, *, quiet: bool = True) -> Checked:
+    """Reads every row of every source.
+
+    With `chat`, rows are also rendered and tokenised: what the template refuses is a defect too.
+    Raises ValueError for sources that cannot be read at all.
+    """
+    files = {name: find_files(source) for name, source in cfg.sources.items()}
+    report = Report("", cfg.seq_len, cfg.too_long, {name: SourceReport() for name in cfg.sources})
+    defects: list[Defect] = []
+    for result in run(cfg, chat, files, report, title="check", shown=not quiet):
+        defects += sorted(result.defects + result.too_long, key=lambda defect: defect.line)
+    return Checked(defects, report.total.rows)

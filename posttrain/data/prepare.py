@@ -1,0 +1,187 @@
+"""Renders and tokenises every source once, with all cores, into a cache found by its key."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from posttrain.chat.template import ChatTemplate
+from posttrain.data.cache import INDEX, Cache, CacheWriter
+from posttrain.data.config import DataConfig, SourceConfig
+from posttrain.data.fingerprint import fingerprint
+from posttrain.data.formats import find_format
+from posttrain.data.progress import PrepareProgress
+from posttrain.data.report import Report, SourceReport
+from posttrain.data.rows import Defect
+from posttrain.data.sources import Block, find_files, read_blocks, size_of
+from posttrain.data.tokenise import Job, Result, Task
+from posttrain.data.workers import run_tasks, worker_count
+
+_LISTED = 50  # bad rows that an error repeats
+_POLL = 0.5  # seconds between looks for another host's cache
+
+
+class BadRows(ValueError):
+    """Rows that break the rules: all of them, in the order of the data."""
+
+    def __init__(self, defects: Sequence[Defect], rows: int):
+        self.defects = tuple(defects)
+        bad = len({(d.file, d.line) for d in defects})
+        lines = [f"{bad:,} of {rows:,} rows are bad:", *map(str, defects[:_LISTED])]
+        if len(defects) > _LISTED:
+            kinds = Counter(d.found.split(":")[0] for d in defects).most_common(5)
+            shown = ", ".join(f"{count:,} x {kind}" for kind, count in kinds)
+            lines.append(f"... and {len(defects) - _LISTED:,} more ({shown})")
+        lines.append(
+            "`posttrain data check` lists them all; data.on_bad_row: skip leaves them out, counted"
+        )
+        super().__init__("\n".join(lines))
+
+
+def prepare(
+    cfg: DataConfig, chat: ChatTemplate, *, is_primary: bool = True, quiet: bool = False
+) -> Cache:
+    """The cache of cfg's sources: opened where it exists, else made; the report is shown.
+
+    Where several hosts share cache_dir, one is primary and makes it; the others wait for it, up to
+    cfg.wait_minutes. Raises BadRows with all bad rows (unless on_bad_row is skip), ValueError for
+    sources that cannot be read, for data of which nothing is left, and when the wait is over.
+    """
+    if "://" in cfg.cache_dir:
+        raise ValueError(f"data.cache_dir: {cfg.cache_dir}: must be a local or mounted folder")
+    files = {name: find_files(source) for name, source in cfg.sources.items()}
+    key = fingerprint(cfg, chat, files)
+    folder = Path(cfg.cache_dir).expanduser() / key
+    if not (folder / INDEX).exists():
+        if is_primary:
+            return _make(cfg, chat, files, key, folder, quiet)
+        _wait(folder, cfg.wait_minutes)
+    cache = Cache.open(folder)
+    if is_primary and not quiet:
+        cache.report.show()
+    return cache
+
+
+def _make(
+    cfg: DataConfig,
+    chat: ChatTemplate,
+    files: dict[str, list[str]],
+    key: str,
+    folder: Path,
+    quiet: bool,
+) -> Cache:
+    names = list(cfg.sources)
+    report = Report(key, cfg.seq_len, cfg.too_long, {name: SourceReport() for name in names})
+    report.warnings = chat.check()
+    defects: list[Defect] = []
+    began = time.monotonic()
+    with CacheWriter(folder, names) as writer:
+        for result in run(cfg, chat, files, report, title="prepare", shown=not quiet):
+            defects += result.too_long
+            if cfg.on_bad_row == "error":
+                defects += result.defects
+            writer.add(
+                result.tokens,
+                result.weights,
+                result.lengths,
+                result.lines,
+                result.source_id,
+                result.file,
+            )
+        report.seconds = time.monotonic() - began
+        if defects:
+            raise BadRows(defects, report.total.rows)
+        for name, source in report.sources.items():
+            if source.examples == 0:
+                raise ValueError(_nothing_left(name, source, files[name]))
+        cache = writer.finish(key, report)
+    if not quiet:
+        report.show()
+    return cache
+
+
+def run(
+    cfg: DataConfig,
+    chat: ChatTemplate | None,
+    files: dict[str, list[str]],
+    report: Report,
+    *,
+    title: str,
+    shown: bool,
+) -> Iterator[Result]:
+    """Every block of every source, in order, tokenised (checked alone, where `chat` is None);
+    `report` is kept up to date and the progress shown."""
+    sizes = [size_of(files[name]) for name in cfg.sources]
+    workers = worker_count(cfg.workers, sum(sizes))
+    report.workers = workers
+    job = Job(tuple(cfg.sources.values()), chat, cfg.seq_len, cfg.too_long)
+    names = list(cfg.sources)
+    position = _Position()
+    examples = tokens = 0
+    with PrepareProgress(title, sum(sizes), shown=shown) as progress:
+        for result in run_tasks(job, _tasks(cfg, files), workers):
+            report.sources[names[result.source_id]].add(result.report)
+            report.count_lengths(result.whole_lengths)
+            examples += result.report.examples
+            tokens += result.report.tokens
+            progress.update(position.at(result), examples, tokens)
+            yield result
+
+
+class _Position:
+    """Bytes read in all, from bytes read of each file."""
+
+    def __init__(self) -> None:
+        self._before, self._file, self._read = 0, "", 0
+
+    def at(self, result: Result) -> int:
+        if result.file != self._file:
+            self._before, self._file = self._before + self._read, result.file
+        self._read = result.read
+        return self._before + self._read
+
+
+def _tasks(cfg: DataConfig, files: dict[str, list[str]]) -> Iterator[Task]:
+    for source_id, (name, source) in enumerate(cfg.sources.items()):
+        found = None
+        for block in read_blocks(source, files[name]):
+            found = found or _format_of(block, source, name)
+            yield Task(source_id, found, block)
+
+
+def _format_of(block: Block, source: SourceConfig, name: str) -> str | None:
+    """The format that the first row with a known shape has; None where no row can be read."""
+    refusal: ValueError | None = None
+    for row in block.rows():
+        if not row.problems:
+            try:
+                return find_format(row.value, source, f"data.sources.{name}: {row.file}:{row.line}")
+            except ValueError as error:
+                refusal = refusal or error
+    if refusal is not None:
+        raise refusal
+    return None
+
+
+def _nothing_left(name: str, source: SourceReport, files: list[str]) -> str:
+    what = [f"{source.bad_rows} bad"] if source.bad_rows else []
+    what += [f"{count} dropped: {reason}" for reason, count in source.dropped.items()]
+    rows = f"{source.rows} rows" + (f" ({'; '.join(what)})" if what else "")
+    return f"data.sources.{name}: no example left of {rows} in {', '.join(files) or 'no file'}"
+
+
+def _wait(folder: Path, minutes: float) -> None:
+    """Until another host has made the cache. ValueError: it has not in time."""
+    end = time.monotonic() + 60 * minutes
+    while not (folder / INDEX).exists():
+        if time.monotonic() > end:
+            working = sorted(folder.parent.glob(f"{folder.name}.tmp.*"))
+            state = f"{working[0].name} is being written" if working else "nothing is being written"
+            raise ValueError(
+                f"waited {minutes:g} minutes for the first host to prepare {folder}: {state}. Is "
+                "data.cache_dir shared by all hosts, and do all see the same data? Else raise "
+                "data.wait_minutes, or run `posttrain data prepare` once before"
+            )
+        time.sleep(_POLL)

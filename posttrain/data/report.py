@@ -1,0 +1,155 @@
+"""What prepare did with every row: counted per source, shown as a table, kept as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+# upper ends of the histogram's bins, as parts of seq_len; the last bin is open
+_BINS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 2, 4)
+
+
+@dataclass
+class SourceReport:
+    """Every row of a source ends in exactly one of: bad_rows, or examples / dropped."""
+
+    rows: int = 0
+    bad_rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    trained: int = 0
+    truncated: int = 0
+    cut_tokens: int = 0
+    cut_trained: int = 0
+    split: int = 0
+    pieces: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: SourceReport) -> None:
+        for name, value in vars(other).items():
+            if name == "dropped":
+                self.dropped.update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Report:
+    """The whole preparation. `histogram[k]` counts lengths up to `edges[k]`, as rendered (before
+    anything was cut); its last entry those over the last edge. tokens_per_second counts from the
+    first byte read to the last example written."""
+
+    fingerprint: str
+    seq_len: int
+    too_long: str
+    sources: dict[str, SourceReport]
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    workers: int = 0
+    histogram: list[int] = field(default_factory=lambda: [0] * (len(_BINS) + 1))
+
+    @property
+    def edges(self) -> list[int]:
+        return [max(1, int(self.seq_len * part)) for part in _BINS]
+
+    @property
+    def total(self) -> SourceReport:
+        total = SourceReport()
+        for source in self.sources.values():
+            total.add(source)
+        return total
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.total.tokens / self.seconds if self.seconds else 0.0
+
+    def count_lengths(self, lengths: np.ndarray) -> None:
+        places = np.searchsorted(self.edges, lengths, side="left")
+        counts = np.bincount(places, minlength=len(self.histogram))
+        self.histogram = [int(a + b) for a, b in zip(self.histogram, counts, strict=True)]
+
+    def save(self, file: Path) -> None:
+        data = asdict(self) | {"edges": self.edges, "tokens_per_second": self.tokens_per_second}
+        file.write_text(json.dumps(data, indent=1, ensure_ascii=False))
+
+    @classmethod
+    def load(cls, file: Path) -> Report:
+        data = json.loads(file.read_text())
+        del data["edges"], data["tokens_per_second"]
+        data["sources"] = {
+            name: SourceReport(**{**source, "dropped": Counter(source["dropped"])})
+            for name, source in data["sources"].items()
+        }
+        return cls(**data)
+
+    def losses(self) -> list[str]:
+        """One line for each way in which something of the data is not trained on as it lies."""
+        lines = []
+        for name, source in self.sources.items():
+            if source.bad_rows:
+                lines.append(f"{name}: {source.bad_rows:,} bad rows skipped")
+            if source.truncated:
+                lines.append(
+                    f"{name}: {source.truncated:,} examples over {self.seq_len:,} tokens cut "
+                    f"({self.too_long}): {source.cut_tokens:,} tokens lost, "
+                    f"{source.cut_trained:,} of them trained"
+                )
+            if source.split:
+                lines.append(
+                    f"{name}: {source.split:,} examples over {self.seq_len:,} tokens split "
+                    f"into {source.pieces:,} pieces"
+                )
+            lines += [
+                f"{name}: {count:,} dropped: {reason}" for reason, count in source.dropped.items()
+            ]
+        return lines
+
+    def show(self, console: object | None = None) -> None:
+        """Prints the report with rich."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = console if isinstance(console, Console) else Console()
+        table = Table(title=f"prepared data {self.fingerprint[:12]}", title_justify="left")
+        table.add_column("source")
+        columns = ("rows", "examples", "tokens", "trained", "truncated", "split", "dropped", "bad")
+        for column in columns:
+            table.add_column(column, justify="right")
+        entries = dict(self.sources)
+        if len(entries) > 1:
+            entries["total"] = self.total
+        for name, s in entries.items():
+            numbers = (s.rows, s.examples, s.tokens, s.trained, s.truncated, s.split)
+            numbers += (s.dropped.total(), s.bad_rows)
+            table.add_row(name, *(f"{n:,}" for n in numbers))
+        console.print(table)
+        total = self.total
+        if total.tokens:
+            console.print(
+                f"trained {total.trained / total.tokens:.1%} of the tokens, "
+                f"{total.tokens / max(total.examples, 1):,.0f} tokens an example; "
+                f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.1f} s, "
+                f"{self.workers} worker processes",
+                highlight=False,
+            )
+        most = max(self.histogram)
+        lower = 0
+        for edge, count in zip([*self.edges, None], self.histogram, strict=True):
+            if count:
+                label = f"{lower + 1:>7,} to {edge:,}" if edge else f"   over {lower:,}"
+                bar = "█" * max(1, round(40 * count / most))
+                late = lower >= self.seq_len
+                console.print(
+                    f"{label:<20} {count:>9,} {bar}",
+                    style="yellow" if late else None,
+                    highlight=False,
+                )
+            lower = edge or lower
+        for line in self.losses():
+            console.print(line, style="yellow", markup=False, highlight=False)
+        for line in self.warnings:
+            console.print(f"template: {line}", style="yellow", markup=False, highlight=False)
