@@ -255,7 +255,7 @@ class TracedEnvironment(ChatEnvironment):
 
     def __init__(self, source: str, date: str, tokens: Mapping[str, str]) -> None:
         super().__init__(date)
-        self._texts: list[str] = []
+        self.texts: list[str] = []
         self._indices: dict[str, int] = {}
         self._tables: dict[int, list[Traced]] = {}
         self._tokens = tokens
@@ -278,8 +278,8 @@ class TracedEnvironment(ChatEnvironment):
     def literal(self, text: str) -> int:
         """The index of a literal in every message's table (asked while compiling)."""
         if text not in self._indices:
-            self._indices[text] = len(self._texts)
-            self._texts.append(text)
+            self._indices[text] = len(self.texts)
+            self.texts.append(text)
         return self._indices[text]
 
     def _reset(self) -> None:
@@ -294,7 +294,7 @@ class TracedEnvironment(ChatEnvironment):
         table = self._tables.get(owner)
         if table is None:
             tag = Tag(LITERAL, owner)
-            table = self._tables[owner] = [tagged(text, tag) for text in self._texts]
+            table = self._tables[owner] = [tagged(text, tag) for text in self.texts]
         self.literals = table
 
     def push(self) -> None:

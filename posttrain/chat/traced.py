@@ -128,7 +128,7 @@ class Traced(str):
     def __mul__(self, times: SupportsIndex) -> Any:
         return self._like(str.__mul__(self, times), self._runs * max(0, times.__index__()))
 
-    __rmul__ = __mul__
+    __rmul__ = __mul__  # pyright: ignore[reportAssignmentType]
 
     def __getitem__(self, key: SupportsIndex | slice) -> Any:
         if isinstance(key, slice):
