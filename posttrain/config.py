@@ -146,21 +146,21 @@ def load(
     If the class has a field `job`, some file must name that job. A config of a job in `accepts`
     is taken too: the sections both classes have are read, its other ones are passed over.
     """
-    layer = Layer()
+    layer, known = Layer(), config_cls.model_fields
     for path in paths:
         _merge(layer, read_file(path), config_cls)
+    job = known["job"].default if "job" in known else None
+    if job and layer.tree.get("job") in accepts:
+        layer.tree = {k: v for k, v in layer.tree.items() if k in known} | {"job": job}
+    if job and not paths:
+        layer.tree["job"] = job
     _merge(layer, read_overrides(overrides), config_cls)
-    if "job" in config_cls.model_fields:
-        job = config_cls.model_fields["job"].default
-        named = layer.tree.get("job") if paths else job
-        if named in accepts:
-            known = config_cls.model_fields
-            layer.tree = {k: v for k, v in layer.tree.items() if k in known}
-        elif named is None and layer.whole:
-            layer.problems.append(Problem("job", "", f"no file names its job: add `job: {job}`"))
-        elif named is not None and named != job:
+    if job and (named := layer.tree.get("job")) != job:
+        if named is not None:
             message = f"this is a config of {named!r}, not of {job!r}: run `posttrain {named}`"
             layer.problems.append(Problem("job", where(("job",), layer), message))
+        elif layer.whole:
+            layer.problems.append(Problem("job", "", f"no file names its job: add `job: {job}`"))
         layer.tree["job"] = job
     return _validate(config_cls, layer)
 

@@ -86,16 +86,12 @@ def _found(value: Any) -> str:
 
 
 def problems(
-    error: ValidationError, layer: Layer, cls: type[Config], at: KeyPath = ()
+    error: ValidationError, layer: Layer, cls: type[Config]
 ) -> Iterator[tuple[KeyPath, str, str]]:
     """Yields (path, kind, message) of each of pydantic's errors, those of variants included."""
     for item in error.errors(include_url=False):
-        loc, kind = (*at, *item["loc"]), item["type"]
-        inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, ValidationError):
-            yield from problems(inner, layer, cls, loc)
-            continue
-        path, holder = _located(loc, layer, cls)
+        kind = item["type"]
+        path, holder = _located(item["loc"], layer, cls)
         message = item["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
         if kind == "extra_forbidden":
             message = _unknown(path, holder, layer, cls)

@@ -23,6 +23,7 @@ RANKS = {
     "data": 2,
     "sampling": 4,
     "train": 5,
+    "report": 6,
     "jobs": 7,
     "cli": 8,
 }

@@ -156,6 +156,12 @@ def test_a_missing_key_says_what_it_is(write):
     assert f"({path}:4)" in found["data.sources.a.path"]
 
 
+def test_an_error_inside_one_branch_of_a_union_is_told_once():
+    found = problems_of([], ["data.sources.a.path=[x, null]", "data.sources.b.path={x: 1}"])
+    assert set(found) == {"data.sources.a.path.1", "data.sources.b.path"}
+    assert "valid string or should be a valid list" in found["data.sources.b.path"]
+
+
 def test_a_key_of_another_section_is_found_there():
     assert "did you mean 'data.seq_len'?" in problems_of([], ["mesh.seq_len=4"])["mesh.seq_len"]
 
@@ -193,6 +199,7 @@ def test_the_job_is_named_and_checked(write):
     assert load(Job, [], ["seed=1"]).job == "train"
     accepted = load(Job, [other], accepts=["serve"])
     assert (accepted.seed, accepted.job) == (2, "train")
+    assert "port" in problems_of([other], ["port=81"], accepts=["serve"]), "typed for this job"
 
 
 def test_another_type_drops_the_keys_of_the_old_one(write):
