@@ -139,7 +139,8 @@ def _backward(hidden_BTD, w, tokens_BT, trained_BT, saved, ct, plan: _Plan):  # 
     dw, dh = jax.lax.scan(body, jnp.zeros(w_DV.shape, jnp.float32), xs)
     if plan.fsdp:
         dw = jax.lax.psum_scatter(dw, plan.fsdp, scatter_dimension=0, tiled=True)
-    dw = jax.lax.psum(dw, tuple(axis for axis in BATCH_AXES if axis != plan.fsdp))
+    copies = [axis for axis in BATCH_AXES if axis != plan.fsdp and plan.mesh.shape[axis] > 1]
+    dw = jax.lax.psum(dw, tuple(copies)) if copies else dw
     dh = _over_tensor(jax.lax.psum, dh.reshape(h_nD.shape), plan).astype(h_nD.dtype)
     flat = jnp.zeros((tokens_BT.size, h_nD.shape[1]), h_nD.dtype)
     dh = flat.at[jnp.where(at_n < tokens_BT.size, at_n - 1, at_n)].set(dh, mode="drop")
@@ -218,8 +219,8 @@ def token_outputs(
         slots=slots,
         chunk=chunk,
         vocab_size=vocab_size,
-        fsdp=_axis(kernel[0]),
-        tensor=_axis(kernel[1]),
+        fsdp=_axis(kernel[0], mesh),
+        tensor=_axis(kernel[1], mesh),
         entropy=entropy,
         correct=correct,
     )
@@ -236,9 +237,10 @@ def _layout(budget: int, chunk: int) -> tuple[int, int]:
     return size, size * chunks
 
 
-def _axis(entry: Any) -> str | None:
+def _axis(entry: Any, mesh: jax.sharding.Mesh) -> str | None:
+    """The mesh axis a dim of W is cut along; None where it is whole on every device."""
     assert entry is None or isinstance(entry, str), entry  # one mesh axis a dim, by the table
-    return entry
+    return entry if entry and mesh.shape[entry] > 1 else None
 
 
 def budget_overflow(

@@ -1,0 +1,51 @@
+"""config.json of tiny models, one per family, and how tests open them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from posttrain.models.hf import Model, open_model
+from posttrain.models.spec import ModelConfig
+from posttrain.sharding import MeshConfig, make_mesh
+
+_SHARED = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 160,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    # wide, so that logits of random weights are far from uniform
+    "initializer_range": 0.15,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False, **_SHARED},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, **_SHARED},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 24, **_SHARED},
+}
+MESHES = [(1, 1, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8)]
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    return make_mesh(cfg, jax.devices()[: data * fsdp * tensor])
+
+
+def write_config(folder: Path, name: str, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name] | changes))
+    return folder
+
+
+def open_tiny(folder: Path, name: str, mesh: jax.sharding.Mesh, **options: Any) -> Model:
+    """A random model of the family; options are ModelConfig's."""
+    write_config(folder, name)
+    defaults = {"dtype": "float32", "remat": "none", "vocab_multiple": 1, "random_init": True}
+    return open_model(ModelConfig(path=str(folder), **(defaults | options)), mesh)
