@@ -135,12 +135,11 @@ def to_pieces(
     before: list[int] = []  # the tokens of the last finished text: some decoders look back
     start = 0
     while start < len(ids):
-        if ids[start] in tokenizer.special_ids:
-            end, text = start + 1, tokenizer.token(ids[start])
-        else:
-            end, text = _next_text(tokenizer, before, ids, start)
+        special = ids[start] in tokenizer.special_ids
+        found = None if special else _next_text(tokenizer, before, ids, start)
+        end, text = found or (start + 1, tokenizer.token(ids[start]))
         texts += [text] + [""] * (end - start - 1)
-        before, start = list(ids[start:end]), end
+        before, start = list(ids[start:end]) if found or special else [], end
     return [
         Piece(i, tokenizer.token(i), text, weight, position, i in tokenizer.special_ids)
         for i, text, weight, position in zip(ids, texts, weights, positions, strict=True)
@@ -149,8 +148,9 @@ def to_pieces(
 
 def _next_text(
     tokenizer: Tokenizer, before: list[int], ids: Sequence[int], start: int
-) -> tuple[int, str]:
-    """The end of the shortest run of tokens from `start` that is whole characters, and its text."""
+) -> tuple[int, str] | None:
+    """The end of the shortest run of tokens from `start` that is whole characters, and its text;
+    None where there is no such run."""
     known = tokenizer.decode(before) if before else ""
     for end in range(start + 1, min(start + LONGEST_CHARACTER, len(ids)) + 1):
         if ids[end - 1] in tokenizer.special_ids:
@@ -159,7 +159,7 @@ def _next_text(
         text = text[len(known) :] if text.startswith(known) else tokenizer.decode(ids[start:end])
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             return end, text
-    return start + 1, tokenizer.token(ids[start])
+    return None
 
 
 def visible(text: str, mark: Callable[[str], str], plain: Callable[[str], str]) -> str:
