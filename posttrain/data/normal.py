@@ -96,6 +96,7 @@ def _message(
         problems.append(wrong_type(f"{at}.tool_calls", calls, "a list of calls"))
         calls = None
     content = raw.get("content")
+    before = len(problems)
     if isinstance(content, (list, tuple)):
         content, part_thoughts, part_calls = _parts(content, f"{at}.content", problems)
         thoughts = thoughts if part_thoughts is None else (thoughts or "") + part_thoughts
@@ -105,7 +106,7 @@ def _message(
         message["tool_calls"] = [
             _call(call, f"{where}[{i}]", problems) for i, call in enumerate(calls)
         ]
-    if content is not None or not calls:
+    if len(problems) == before and (content is not None or not calls):
         # a tool may well answer nothing; an assistant may call without a word
         silent = role == "tool" or bool(calls)
         if problem := text_problem(content, f"{at}.content", may_be_empty=silent):

@@ -34,6 +34,8 @@ class BadRows(ValueError):
             kinds = Counter(d.found.split(":")[0] for d in defects).most_common(5)
             shown = ", ".join(f"{count:,} x {kind}" for kind, count in kinds)
             lines.append(f"... and {len(defects) - _LISTED:,} more ({shown})")
+        if rendered := next((d.rendered for d in defects if d.rendered), ""):
+            lines.append(f"what the template made of the first row that it refuses:\n{rendered}")
         lines.append(
             "`posttrain data check` lists them all; data.on_bad_row: skip leaves them out, counted"
         )

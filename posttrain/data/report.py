@@ -113,18 +113,31 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        console = console if isinstance(console, Console) else Console()
-        table = Table(title=f"prepared data {self.fingerprint[:12]}", title_justify="left")
-        table.add_column("source")
-        columns = ("rows", "examples", "tokens", "trained", "truncated", "split", "dropped", "bad")
-        for column in columns:
-            table.add_column(column, justify="right")
+        if not isinstance(console, Console):
+            console = Console()
+            if not console.is_terminal:
+                console = Console(width=160)  # a file or a pipe has no width
         entries = dict(self.sources)
         if len(entries) > 1:
             entries["total"] = self.total
-        for name, s in entries.items():
-            numbers = (s.rows, s.examples, s.tokens, s.trained, s.truncated, s.split)
-            numbers += (s.dropped.total(), s.bad_rows)
+        table = Table(
+            title=f"prepared data {self.fingerprint[:12]}", title_justify="left", box=None
+        )
+        table.add_column("source")
+        columns = {
+            "rows": [s.rows for s in entries.values()],
+            "examples": [s.examples for s in entries.values()],
+            "tokens": [s.tokens for s in entries.values()],
+            "trained": [s.trained for s in entries.values()],
+            "truncated": [s.truncated for s in entries.values()],
+            "split": [s.split for s in entries.values()],
+            "dropped": [s.dropped.total() for s in entries.values()],
+            "bad": [s.bad_rows for s in entries.values()],
+        }
+        shown = {name: values for name, values in columns.items() if any(values)}
+        for name in shown:
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, *numbers in zip(entries, *shown.values(), strict=True):
             table.add_row(name, *(f"{n:,}" for n in numbers))
         console.print(table)
         total = self.total

@@ -21,13 +21,17 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """A Problem with its place. `line` counts from 1: a line of JSONL, elsewhere a row."""
+    """A Problem with its place. `line` counts from 1: a line of JSONL, elsewhere a row.
+
+    rendered: what the template made of the row, where the template is what refuses it.
+    """
 
     file: str
     line: int
     field: str
     found: str
     fix: str
+    rendered: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.field}: {self.found} -> {self.fix}"

@@ -326,7 +326,9 @@ def _array_record(file: str) -> Iterator[Block]:
     reader = ArrayRecordReader(file)
     total = reader.num_records()
     if not reader.ok() or (total == 0 and size > 0):
+        # nor can such a reader be closed
         yield _broken(file, "no ArrayRecord file, or cut short", "write it again")
+        return
     for at in range(0, total, BLOCK_ROWS):
         end = min(at + BLOCK_ROWS, total)
         records = reader.read(at, end)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.chat.template import ChatTemplate
+from posttrain.chat.template import ChatError, ChatTemplate
 from posttrain.data.config import SourceConfig, TooLong
 from posttrain.data.fit import fit, trained
 from posttrain.data.formats import get_format
@@ -174,7 +174,7 @@ def _untrained(file: str, line: int) -> Defect:
 
 
 def _refused(file: str, line: int, error: ValueError) -> Defect:
-    """The template's refusal; its first line says why, what follows shows the rendered text."""
-    reason, _, rest = str(error).partition("\n")
     fix = "change the row, or the chat section of the config"
-    return Defect(file, line, "row", reason, f"{fix}\n{rest}" if rest else fix)
+    if isinstance(error, ChatError):
+        return Defect(file, line, "row", error.reason, fix, error.text)
+    return Defect(file, line, "row", str(error), fix)

@@ -58,7 +58,7 @@ def run_tasks(job: Job, tasks: Iterable[Task], workers: int) -> Iterator[Result]
             "a worker process died (out of memory?): set data.workers lower, or 0"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
