@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,11 @@ class Report:
         self.histogram = [int(a + b) for a, b in zip(self.histogram, counts, strict=True)]
 
     def save(self, file: Path) -> None:
-        data = asdict(self) | {"edges": self.edges, "tokens_per_second": self.tokens_per_second}
+        sources = {
+            name: {**vars(s), "dropped": dict(s.dropped)} for name, s in self.sources.items()
+        }
+        derived = {"edges": self.edges, "tokens_per_second": self.tokens_per_second}
+        data = {**vars(self), "sources": sources, **derived}
         file.write_text(json.dumps(data, indent=1, ensure_ascii=False))
 
     @classmethod
