@@ -64,31 +64,37 @@ def _logits(h_cD: jax.Array, w_DV: jax.Array, plan: _Plan) -> tuple[jax.Array, j
     return jnp.where(ids < plan.vocab_size, z, _NEGATIVE), ids
 
 
-def _chunks(x: jax.Array, plan: _Plan) -> jax.Array:
-    return x.reshape(-1, plan.chunk, *x.shape[1:])
+def _positions(trained_BT: jax.Array, plan: _Plan) -> jax.Array:
+    """Flat indices of this shard's trained positions, ascending: int32 [chunks, c].
 
-
-def _compact(
-    hidden_BTD: jax.Array, tokens_BT: jax.Array, trained_BT: jax.Array, plan: _Plan
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """This shard's trained positions: their predictors' h [n, D], targets [n], flat index [n].
-
-    Slots left over have the index B * T, which scatters drop.
+    Slots left over hold indices past the end (their predecessors' too), each another one: gathers
+    give 0, scatters drop.
     """
     flat = trained_BT.reshape(-1)
-    at_n = jnp.nonzero(flat, size=plan.slots, fill_value=flat.size)[0]
-    h_nD = hidden_BTD.reshape(flat.size, -1).at[at_n - 1].get(mode="fill", fill_value=0)
-    y_n = tokens_BT.reshape(-1).at[at_n].get(mode="fill", fill_value=0)
-    return h_nD, y_n, at_n
+    at = jnp.nonzero(flat, size=plan.slots, fill_value=flat.size)[0]
+    slot = jnp.arange(plan.slots)
+    at = jnp.where(slot < flat.sum(), at, flat.size + 1 + slot)
+    return at.reshape(-1, plan.chunk).astype(jnp.int32)
+
+
+def _take(x: jax.Array, at_c: jax.Array) -> jax.Array:
+    """x[at_c], 0 past the end."""
+    return x.at[at_c].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
+
+
+def _put(x: jax.Array, at_c: jax.Array, values: jax.Array) -> jax.Array:
+    """x with values at at_c, but for those past the end."""
+    return x.at[at_c].set(values, mode="drop", indices_are_sorted=True, unique_indices=True)
 
 
 def _forward(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan):  # inside shard_map
-    h_nD, y_n, at_n = _compact(hidden_BTD, tokens_BT, trained_BT, plan)
-    w_DV = _gather(w, h_nD.dtype, plan)
+    tokens, h_flat = tokens_BT.reshape(-1), hidden_BTD.reshape(tokens_BT.size, -1)
+    at = _positions(trained_BT, plan)
+    w_DV = _gather(w, hidden_BTD.dtype, plan)
 
-    def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, dict[str, jax.Array]]:
-        h, y = chunk
-        z, ids = _logits(h, w_DV, plan)
+    def body(_: None, at_c: jax.Array) -> tuple[None, dict[str, jax.Array]]:
+        y = _take(tokens, at_c)
+        z, ids = _logits(_take(h_flat, at_c - 1), w_DV, plan)
         top = _over_tensor(jax.lax.pmax, z.max(-1), plan)
         total = _over_tensor(jax.lax.psum, jnp.exp(z - top[:, None]).sum(-1), plan)
         lse = top + jnp.log(total)
@@ -102,48 +108,44 @@ def _forward(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan):  # inside shard
             out["correct"] = (_over_tensor(jax.lax.pmin, best, plan) == y).astype(jnp.float32)
         return None, out
 
-    _, out = jax.lax.scan(body, None, (_chunks(h_nD, plan), _chunks(y_n, plan)))
-    out = {name: value.reshape(-1) for name, value in out.items()}
+    _, out = jax.lax.scan(body, None, at)
+    zeros = jnp.zeros(tokens_BT.size, jnp.float32)
+    out = {k: _put(zeros, at.reshape(-1), v.reshape(-1)) for k, v in out.items()}
+    out = {k: v.reshape(tokens_BT.shape) for k, v in out.items()}
     saved = {name: out[name] for name in ("lse", "entropy") if name in out}
     del out["lse"]
-    zeros = jnp.zeros(tokens_BT.size, jnp.float32)
-    out = {k: zeros.at[at_n].set(v, mode="drop").reshape(tokens_BT.shape) for k, v in out.items()}
     overflow = trained_BT.sum() > plan.slots
     out["logps"] = jnp.where(overflow & trained_BT, jnp.nan, out["logps"])
     return out, saved
 
 
 def _backward(hidden_BTD, w, tokens_BT, trained_BT, saved, ct, plan: _Plan):  # inside shard_map
-    h_nD, y_n, at_n = _compact(hidden_BTD, tokens_BT, trained_BT, plan)
-    w_DV = _gather(w, h_nD.dtype, plan)
+    tokens, h_flat = tokens_BT.reshape(-1), hidden_BTD.reshape(tokens_BT.size, -1)
+    w_DV = _gather(w, hidden_BTD.dtype, plan)
+    saved, ct = ({k: v.reshape(-1) for k, v in tree.items()} for tree in (saved, ct))
 
-    def body(dw_DV: jax.Array, chunk: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        z, ids = _logits(chunk["h"], w_DV, plan)
-        logp = z - chunk["lse"][:, None]
-        p, g = jnp.exp(logp), chunk["g"][:, None]
-        dz = jnp.where(ids == chunk["y"][:, None], g, 0) - g * p
+    def body(carry: tuple[jax.Array, jax.Array], at_c: jax.Array) -> Any:
+        dw_DV, dh_flat = carry
+        h, y = _take(h_flat, at_c - 1), _take(tokens, at_c)
+        z, ids = _logits(h, w_DV, plan)
+        logp = z - _take(saved["lse"], at_c)[:, None]
+        p, g = jnp.exp(logp), _take(ct["logps"], at_c)[:, None]
+        dz = jnp.where(ids == y[:, None], g, 0) - g * p
         if plan.entropy:  # dH/dz = -p (log p + H)
-            dz -= chunk["g_entropy"][:, None] * p * (logp + chunk["entropy"][:, None])
+            entropy, g = (_take(x["entropy"], at_c)[:, None] for x in (saved, ct))
+            dz -= g * p * (logp + entropy)
         dz = dz.astype(w_DV.dtype)
         dh = jnp.einsum("cv,dv->cd", dz, w_DV, preferred_element_type=jnp.float32)
-        dw_DV += jnp.einsum("cd,cv->dv", chunk["h"], dz, preferred_element_type=jnp.float32)
-        return dw_DV, dh
+        dw_DV += jnp.einsum("cd,cv->dv", h, dz, preferred_element_type=jnp.float32)
+        return (dw_DV, _put(dh_flat, at_c - 1, dh.astype(dh_flat.dtype))), None
 
-    def at(x_BT: jax.Array) -> jax.Array:
-        return x_BT.reshape(-1).at[at_n].get(mode="fill", fill_value=0)
-
-    xs = {"h": h_nD, "y": y_n, "g": at(ct["logps"]), "lse": saved["lse"]}
-    if plan.entropy:
-        xs |= {"entropy": saved["entropy"], "g_entropy": at(ct["entropy"])}
-    xs = {name: _chunks(x, plan) for name, x in xs.items()}
-    dw, dh = jax.lax.scan(body, jnp.zeros(w_DV.shape, jnp.float32), xs)
+    zeros = (jnp.zeros(w_DV.shape, jnp.float32), jnp.zeros_like(h_flat))
+    (dw, dh), _ = jax.lax.scan(body, zeros, _positions(trained_BT, plan))
     if plan.fsdp:
         dw = jax.lax.psum_scatter(dw, plan.fsdp, scatter_dimension=0, tiled=True)
     copies = [axis for axis in BATCH_AXES if axis != plan.fsdp and plan.mesh.shape[axis] > 1]
     dw = jax.lax.psum(dw, tuple(copies)) if copies else dw
-    dh = _over_tensor(jax.lax.psum, dh.reshape(h_nD.shape), plan).astype(h_nD.dtype)
-    flat = jnp.zeros((tokens_BT.size, h_nD.shape[1]), h_nD.dtype)
-    dh = flat.at[jnp.where(at_n < tokens_BT.size, at_n - 1, at_n)].set(dh, mode="drop")
+    dh = _over_tensor(jax.lax.psum, dh, plan)
     return dh.reshape(hidden_BTD.shape), dw.astype(w.dtype)
 
 
