@@ -36,8 +36,8 @@ def step_sets(plan: Plan) -> list[list[int]]:
     return [sorted(ids[ids >= 0].tolist()) for ids in map(plan.layout, range(plan.steps))]
 
 
-def random_plan(rng: np.random.Generator, **fixed) -> Plan:
-    """A plan of random sizes; `fixed` overrides the batch or the plan's arguments."""
+def random_plan(rng: np.random.Generator, **length) -> Plan:
+    """A plan of random sizes; of up to 3 epochs, or of the length given."""
     size = {("rows", "examples")[rng.integers(2)]: int(rng.integers(1, 20))}
     batch = {
         "packing": str(rng.choice(["best_fit", "none"])),
@@ -50,8 +50,8 @@ def random_plan(rng: np.random.Generator, **fixed) -> Plan:
         BatchConfig(**size, **batch),
         seq_len=64,
         seed=int(rng.integers(100)),
-        epochs=int(rng.integers(1, 4)),
         batch_shards=int(rng.integers(1, 5)),
+        **(length or {"epochs": int(rng.integers(1, 4))}),
     )
 
 
@@ -180,8 +180,8 @@ def test_the_head_budget_is_the_largest_shard_and_is_balanced():
 
 def test_efficiency_and_fill_are_what_the_layouts_hold():
     rng = np.random.default_rng(6)
-    for _ in range(30):
-        plan = random_plan(rng)
+    for steps in [None, 1, 2, 7, 40] * 8:
+        plan = random_plan(rng, **({"steps": steps} if steps else {}))
         layouts = np.concatenate([plan.layout(k).reshape(plan.rows, -1) for k in range(plan.steps)])
         tokens = np.where(layouts >= 0, plan.index.lengths[layouts], 0).sum()
         used = (layouts >= 0).any(-1).sum()
