@@ -65,9 +65,12 @@ _TRIALS: dict[str, Conversation] = {
 def learn_stops(renderer: Renderer, known: Collection[str], specials: Sequence[str]) -> list[str]:
     """The stop token that a template puts after a turn in the middle of a conversation, where it
     is none of the known ones: the only special token there. [] where that is not clear."""
-    for name in ("several turns", "plain"):
+    tried = [_TRIALS["several turns"], _TRIALS["plain"]]
+    # some templates want tools, come what may
+    tried += [Conversation(conversation.messages, (_TOOL,)) for conversation in tried]
+    for conversation in tried:
         try:
-            part = renderer.render(_TRIALS[name])
+            part = renderer.render(conversation)
         except ChatError:
             continue
         finder = SpanFinder(part.trace, part.roles, known)

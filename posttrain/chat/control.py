@@ -81,7 +81,7 @@ class SectionEncoder:
                 offsets += [(at + a, at + b) for a, b in section.offsets]
             if match:
                 ids.append(match.id)
-                offsets.append((match.start, match.end))
+                offsets.append(match.core)
                 at = match.end
         return ids, offsets
 

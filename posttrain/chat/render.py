@@ -128,7 +128,7 @@ class Renderer:
         for shape in shapes_for(conversation.messages):
             messages = shape_messages(conversation.messages, shape)
             try:
-                text = self._template.render(messages=messages, **variables)
+                text = self._template.render({**variables, "messages": messages})
                 with self._lock:
                     wrapped = wrap_messages(messages, self._traced)
                     trace = self._traced.trace(
@@ -159,10 +159,12 @@ class Renderer:
             asked = {**part.variables, **switch, "add_generation_prompt": True}
             closed = {**asked, "add_generation_prompt": False}
             try:
-                text = self._template.render(messages=history, **asked)
+                text = self._template.render({**asked, "messages": history})
                 if part.trace.text.startswith(text):
                     return [Prompt(text, None, how)]
-                out.append(Prompt(text, self._template.render(messages=history, **closed), how))
+                out.append(
+                    Prompt(text, self._template.render({**closed, "messages": history}), how)
+                )
             except _TEMPLATE_ERRORS:
                 continue
         return out

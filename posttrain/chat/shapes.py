@@ -74,7 +74,7 @@ def lost_fields(trace: Trace, messages: Sequence[Any], tools: Any) -> list[Lost]
 
     White space at the ends and thinking tags may go; no other character may.
     """
-    shown: dict[Tag, list[str]] = {}
+    shown: dict[Tag, str] = {}
     whole: set[Tag] = set()
     at = 0
     for length, tag in trace.runs:
@@ -82,7 +82,8 @@ def lost_fields(trace: Trace, messages: Sequence[Any], tools: Any) -> list[Lost]
             if tag.parts:
                 whole.update(tag.parts)
             else:
-                shown.setdefault(tag.base, []).append(trace.text[at : at + length])
+                base = tag.base
+                shown[base] = shown.get(base, "") + trace.text[at : at + length]
         at += length
 
     def kept(value: Any) -> bool:
@@ -101,25 +102,26 @@ def lost_fields(trace: Trace, messages: Sequence[Any], tools: Any) -> list[Lost]
             content = [part.get("text") for part in content]
         if not kept(content):
             lost.append(Lost(i, "content"))
-        reasoning = [message[key] for key in _REASONING if isinstance(message.get(key), str)]
-        if reasoning and not any(kept(value) for value in reasoning):
+        if "reasoning_content" in message and not any(
+            kept(message[key]) for key in _REASONING if isinstance(message.get(key), str)
+        ):
             lost.append(Lost(i, "reasoning_content"))
-        calls = [call["function"] for call in message.get("tool_calls") or ()]
-        if not all(kept(call.get("name")) and kept(call.get("arguments")) for call in calls):
-            lost.append(Lost(i, "tool_calls"))
-    names = [tool.get("function", tool).get("name") for tool in tools or ()]
-    if not all(kept(name) for name in names):
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            if not (kept(function.get("name")) and kept(function.get("arguments"))):
+                lost.append(Lost(i, "tool_calls"))
+                break
+    if tools and not all(kept(tool.get("function", tool).get("name")) for tool in tools):
         lost.append(Lost(NOBODY, "tools"))
     return lost
 
 
-def _kept(tag: Tag, shown: Mapping[Tag, list[str]], whole: set[Tag]) -> bool:
-    if tag in whole:
+def _kept(tag: Tag, shown: Mapping[Tag, str], whole: set[Tag]) -> bool:
+    got = shown.get(tag, "")
+    if got == tag.text or tag in whole:
         return True
-    wanted, got = tag.text.strip(), "".join(shown.get(tag, ()))
-    if wanted in got:
-        return True
-    return _bare(wanted) in _bare(got)
+    wanted = tag.text.strip()
+    return wanted in got or _bare(wanted) in _bare(got)
 
 
 def _bare(text: str) -> str:

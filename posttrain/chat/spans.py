@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from posttrain.chat.trace import Trace
 from posttrain.chat.traced import FIELD, LITERAL, NOBODY, ROLE, VALUE, Tag
@@ -52,8 +52,7 @@ class Prompt:
     how: str
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One run of a trace: text[start:end] of one source."""
 
     start: int
@@ -120,7 +119,7 @@ class SpanFinder:
 
         SpanError with the reason where there is none.
         """
-        own = self.fields.get(index, [])
+        own = self._own(index)
         first = own[0].start if own else None
         start, how = self._start(index, first, prompts, encode)
         after = own[-1].end if own else start
@@ -130,9 +129,19 @@ class SpanFinder:
         self._refuse_others(index, start, end)
         return Span(index, start, end, tail, self._thinking_end(index, start, end), how, stop)
 
+    def _own(self, index: int) -> list[Piece]:
+        """The pieces of a message's fields, up to the first text of another message."""
+        own: list[Piece] = []
+        for piece in self.pieces:
+            if piece.tag.owner == index and piece.tag.kind == FIELD:
+                own.append(piece)
+            elif own and piece.tag.owner not in (index, NOBODY):
+                break
+        return own
+
     def tail_text(self, index: int) -> str:
         """What the template writes after the last character of a turn, for this turn."""
-        own = self.fields.get(index)
+        own = self._own(index)
         return self.text[own[-1].end : self._tail(index, own[-1].end)] if own else ""
 
     def _start(
@@ -155,10 +164,12 @@ class SpanFinder:
         for prompt in prompts:
             if prompt.before is None or not prompt.text.startswith(prompt.before):
                 continue
-            header = prompt.text[len(prompt.before) :]
-            matched = _common_tokens(header, self.text[begin : limit + 1], encode)
+            # white space around the header may differ: the role's own text is what must agree
+            header = prompt.text[len(prompt.before) :].lstrip()
+            turn = _skip_space(self.text, begin) if header else begin
+            matched = _common_tokens(header, self.text[turn : limit + 1], encode)
             if not header or matched:
-                best = max(best or 0, min(begin + matched, limit))
+                best = max(best or 0, min(turn + matched, limit))
         if best is None:
             raise SpanError("the generation prompt matches nothing at the turn")
         return best, TURN

@@ -235,7 +235,7 @@ class ChatTemplate:
             raise ChatError(str(error), part.trace.text) from error
 
     def _weigh(self, part: Part, encoding: Encoding) -> Example:
-        weights = np.zeros(len(encoding.ids), np.float32)
+        weights = np.zeros(len(encoding.array), np.float32)
         for span in part.spans:
             start = span.start if self.cfg.train_thinking else span.thinking
             end = span.tail if self.cfg.train_tail else span.end
@@ -244,4 +244,4 @@ class ChatTemplate:
         weights[:1] = 0
         if not weights.any():
             raise ChatError("nothing to train: every token is masked", part.rendered.trace.text)
-        return Example(np.array(encoding.ids, np.int32), weights)
+        return Example(encoding.array, weights)

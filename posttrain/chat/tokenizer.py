@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,48 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from posttrain.chat.control import Intervals, Offsets, SectionEncoder, covers, is_control
+from posttrain.chat.control import Intervals, SectionEncoder, covers, is_control
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _NAMED += ("mask_token",)
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """ids: int[n]; offsets: n pairs (start, end) in characters of the text. Tokens that share
-    one character (its bytes) share its offsets; a token that stands for no character has
-    start == end."""
+class LazyOffsets(Sequence[tuple[int, int]]):
+    """The offsets of an encoding, asked for one at a time: a list of them all costs a tenth of
+    the encoding itself. `changed` replaces those of some positions."""
 
-    ids: list[int]
-    offsets: Offsets
+    __slots__ = ("_found", "_length", "changed")
+
+    def __init__(self, found: tokenizers.Encoding, length: int) -> None:
+        self._found, self._length = found, length
+        self.changed: dict[int, tuple[int, int]] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, k: Any) -> Any:
+        if self.changed and k in self.changed:
+            return self.changed[k]
+        return self._found.token_to_chars(k)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for k, pair in enumerate(self._found.offsets):
+            yield self.changed.get(k, pair)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """array: int32 [n], the ids; offsets: n pairs (start, end) in characters of the text. Tokens
+    that share one character (its bytes) share its offsets; a token that stands for no character
+    has start == end."""
+
+    array: np.ndarray
+    offsets: Sequence[tuple[int, int]]
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids as a list."""
+        return self.array.tolist()
 
 
 class Tokenizer:
@@ -157,48 +185,27 @@ class Tokenizer:
         self, text: str, found: Any, trusted: Any, prose: Any, in_prose: frozenset[str]
     ) -> Encoding:
         """What the whole tokenizer gave, unless it took typed text for a control token."""
-        ids, offsets = found.ids, found.offsets
-        if trusted is None or not self._strays(text, ids, offsets, trusted, prose, in_prose):
-            return Encoding(ids, self._core_offsets(text, ids, offsets))
+        array = np.array(found.ids, np.int32)
+        lazy = LazyOffsets(found, len(array))
+        hits = np.flatnonzero(self._control[array]).tolist()
+        for k in hits:
+            start, end = lazy[k]
+            if _core(text, start, end) != (start, end):
+                lazy.changed[k] = _core(text, start, end)
+        if trusted is None or not _strays(text, hits, lazy, trusted, prose, in_prose):
+            return Encoding(array, lazy)
         if self._sections is None:
             self._sections = SectionEncoder(self._parsed)
         ids, offsets = self._sections.encode(text, trusted, prose, in_prose)
-        strays = self._strays(text, ids, offsets, trusted, prose, in_prose)
+        array = np.array(ids, np.int32)
+        hits = np.flatnonzero(self._control[array]).tolist()
+        strays = _strays(text, hits, offsets, trusted, prose, in_prose)
         if strays:
             raise ValueError(
                 f"the tokenizer gives the control token {self.token(ids[strays[0]])!r} for plain "
                 f"text at character {offsets[strays[0]][0]}; remove it from the text"
             )
-        return Encoding(ids, self._core_offsets(text, ids, offsets))
-
-    def _hits(self, ids: list[int]) -> list[int]:
-        return np.flatnonzero(self._control[ids]).tolist() if ids else []
-
-    def _strays(
-        self,
-        text: str,
-        ids: list[int],
-        offsets: Offsets,
-        trusted: Intervals,
-        prose: Intervals,
-        in_prose: frozenset[str],
-    ) -> list[int]:
-        """Positions of control tokens made from characters that may not make them."""
-        out = []
-        for k in self._hits(ids):
-            start, end = _core(text, *offsets[k])
-            if covers(trusted, start, end):
-                continue
-            if not (text[start:end] in in_prose and covers(prose, start, end)):
-                out.append(k)
-        return out
-
-    def _core_offsets(self, text: str, ids: list[int], offsets: Offsets) -> Offsets:
-        """Offsets in which a control token does not own the white space it swallowed: that
-        space may be somebody else's, and the token must not be trained for it."""
-        for k in self._hits(ids):
-            offsets[k] = _core(text, *offsets[k])
-        return offsets
+        return Encoding(array, offsets)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of a list of ids."""
@@ -232,14 +239,21 @@ class Tokenizer:
 
 
 def token_range(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
-    """The tokens [low, high) that hold a character of text[start:end)."""
+    """The tokens [low, high) of text[start:end).
+
+    A token that holds characters on both sides of `start` belongs to the range, since the text's
+    first word may be in it; one on both sides of `end` does not: it is mostly somebody else's.
+    """
     if start >= end:
         return 0, 0
     offsets = encoding.offsets
     low = bisect.bisect_left(offsets, (start,))
     while low > 0 and offsets[low - 1][1] > start:
         low -= 1
-    return low, bisect.bisect_left(offsets, (end,))
+    high = bisect.bisect_left(offsets, (end,))
+    while high > low and offsets[high - 1][1] > end:
+        high -= 1
+    return low, high
 
 
 class StreamDecoder:
@@ -272,12 +286,33 @@ class StreamDecoder:
 
 
 def _core(text: str, start: int, end: int) -> tuple[int, int]:
+    """A control token's place without the white space it swallowed: that space may be somebody
+    else's, and the token must not be trained for it."""
     piece = text[start:end]
-    stripped = piece.strip()
-    if len(stripped) == len(piece) or not stripped:
+    core = piece.strip()
+    if not core or len(core) == len(piece):
         return start, end
-    start += len(piece) - len(piece.lstrip())
-    return start, start + len(stripped)
+    start += piece.index(core)
+    return start, start + len(core)
+
+
+def _strays(
+    text: str,
+    hits: list[int],
+    offsets: Sequence[tuple[int, int]],
+    trusted: Intervals,
+    prose: Intervals,
+    in_prose: frozenset[str],
+) -> list[int]:
+    """Positions of control tokens made from characters that may not make them."""
+    out = []
+    for k in hits:
+        start, end = offsets[k]
+        if covers(trusted, start, end):
+            continue
+        if not (text[start:end] in in_prose and covers(prose, start, end)):
+            out.append(k)
+    return out
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -328,10 +328,6 @@ class TracedEnvironment(ChatEnvironment):
     def trace(self, variables: Mapping[str, Any]) -> Trace:
         """Render. `messages` and `tools` among the variables must be wrapped."""
         self._reset()
-        context = self.template.new_context(dict(variables))
-        try:
-            pieces = list(self.template.root_render_func(context))
-        except Exception:
-            self.handle_exception()
+        pieces = self.template.pieces(variables)
         out = concat(pieces)
         return Trace("".join(pieces), out._runs, self._blocks)
