@@ -127,21 +127,12 @@ def find_files(cfg: SourceConfig) -> list[str]:
 
     Raises ValueError for a pattern that nothing matches, a folder, or a suffix nothing reads.
     """
-    from etils import epath
-
     files: list[str] = []
     for pattern in cfg.paths:
-        if pattern.startswith(HF_PREFIX):
-            found = download(pattern, tuple(KINDS))
-        elif any(c in pattern for c in "*?["):
-            found = _expand(pattern)
-        else:
-            path = epath.Path(pattern).expanduser()
-            if not path.exists():
-                raise ValueError(f"{pattern}: no such file")
-            if path.is_dir():
-                raise ValueError(f"{pattern}: is a folder; name its files, as in {pattern}/*.jsonl")
-            found = [str(path)]
+        try:
+            found = _find(pattern)
+        except ImportError as error:  # of the file system behind gs:// or s3://
+            raise ValueError(f"{pattern}: {error}") from error
         if not found:
             raise ValueError(f"{pattern}: no file matches")
         files += found
@@ -150,13 +141,26 @@ def find_files(cfg: SourceConfig) -> list[str]:
     return files
 
 
-def _expand(pattern: str) -> list[str]:
-    if "://" not in pattern:
-        from etils import epath
-
-        return sorted(glob.glob(str(epath.Path(pattern).expanduser()), recursive=True))
+def _find(pattern: str) -> list[str]:
     from etils import epath
 
+    if pattern.startswith(HF_PREFIX):
+        return download(pattern, tuple(KINDS))
+    if any(c in pattern for c in "*?["):
+        return _expand(pattern)
+    path = epath.Path(pattern).expanduser()
+    if not path.exists():
+        raise ValueError(f"{pattern}: no such file")
+    if path.is_dir():
+        raise ValueError(f"{pattern}: is a folder; name its files, as in {pattern}/*.jsonl")
+    return [str(path)]
+
+
+def _expand(pattern: str) -> list[str]:
+    from etils import epath
+
+    if "://" not in pattern:
+        return sorted(glob.glob(str(epath.Path(pattern).expanduser()), recursive=True))
     parts = pattern.split("/")
     wild = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
     folder = epath.Path("/".join(parts[:wild]))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from typing import ClassVar
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from fsspec.implementations.memory import MemoryFileSystem
 
 from posttrain.data import hub, sources
 from posttrain.data.config import SourceConfig
@@ -257,3 +260,36 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", no_network)
     with pytest.raises(ValueError, match=r"hf:a/b: the hub is out of reach .*path: folder"):
         find_files(SourceConfig(path="hf:a/b"))
+
+
+class Bucket(MemoryFileSystem):
+    """Object storage as epath sees it, in memory."""
+
+    store: ClassVar[dict] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("gs://", "memory://"))
+
+
+def test_a_bucket_is_read_like_a_folder(monkeypatch):
+    bucket = Bucket()
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **options: bucket)
+    bucket.makedirs("/bucket/deep")
+    for name in ("b.jsonl", "a.jsonl"):
+        bucket.pipe(f"/bucket/deep/{name}", b'{"name": "%s"}\n' % name.encode())
+    rows = list(read_rows(SourceConfig(path="gs://bucket/*/?.jsonl")))
+    assert [row.value["name"] for row in rows] == ["a.jsonl", "b.jsonl"]
+    assert rows[0].file == "gs://bucket/deep/a.jsonl"
+    assert sources.size_of(["gs://bucket/deep/a.jsonl"]) == 20
+    with pytest.raises(ValueError, match=r"gs://bucket/c\.jsonl: no such file"):
+        find_files(SourceConfig(path="gs://bucket/c.jsonl"))
+
+
+def test_a_storage_that_is_not_installed_is_said(monkeypatch):
+    def missing(name, **options):
+        raise ImportError(f"please install the {name} client")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(ValueError, match=r"s3://bucket/a.jsonl: please install the s3 client"):
+        find_files(SourceConfig(path="s3://bucket/a.jsonl"))
