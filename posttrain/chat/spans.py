@@ -186,6 +186,8 @@ class SpanFinder:
         for piece in self.pieces:
             if piece.end <= after:
                 continue
+            if piece.tag.kind == VALUE:
+                continue  # a number among the arguments of a call: the turn's if its text goes on
             mine = piece.tag.owner == index or (piece.tag.owner == NOBODY and last)
             if not mine or piece.tag.kind not in (LITERAL, ROLE):
                 break
