@@ -140,7 +140,7 @@ def is_held_out(key: str) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def write_texts(path: str | Path, world: World, *, documents: int, lines: int = 200) -> None:
+def write_texts(path: str | Path, world: World, *, documents: int, lines: int = 1000) -> None:
     """JSONL of {"text": ...}: long documents of prose, transcripts and worked sums.
 
     The documents are long on purpose: a base model sees text that goes on, and hardly ever an end.

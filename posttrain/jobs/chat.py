@@ -20,7 +20,9 @@ that calls one is shown and kept, nothing is run) and serving over the network.
 from __future__ import annotations
 
 import json
+import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from posttrain import config
 from posttrain.chat.template import ChatConfig
 from posttrain.config import runtime, semantic
 from posttrain.models.spec import ModelConfig
+from posttrain.sampling.turns import stops
 from posttrain.sharding import MeshConfig
 
 COMMANDS = ("/reset", "/system", "/save", "/quit")
@@ -47,10 +50,10 @@ class Config(config.Config):
     top_p: float = semantic(
         1.0, gt=0, le=1, help="sample from the most probable tokens that sum to this"
     )
-    top_k: int | None = semantic(None, gt=0, help="sample from this many most probable tokens")
+    top_k: int = semantic(0, ge=0, help="sample from this many most probable tokens; 0 = all")
     seed: int = semantic(0, ge=0, help="of sampling; turn k of a conversation draws from (seed, k)")
-    max_new_tokens: int | None = semantic(
-        None, gt=0, help="longest reply; prompt + this must fit the context. none = what is left"
+    max_new_tokens: int = semantic(
+        512, gt=0, help="longest reply; it also ends where the model's context does"
     )
     show_tokens: bool = runtime(
         False, help='after each reply, a line {"prompt": [ids], "reply": [ids]}'
@@ -64,10 +67,11 @@ Generate = Callable[[list[int], int, int, Callable[[int], None]], list[int]]
 
 @dataclass(frozen=True)
 class Turn:
-    """What was asked and answered, in tokens; `reply` ends with the stop token if there was one."""
+    """What was asked and answered, in tokens; `reply` ends with the stop token if it `stopped`."""
 
     prompt: list[int]
     reply: list[int]
+    stopped: bool
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Session:
     tokenizer: Any
     generate: Generate
     context: int
-    max_new_tokens: int | None = None
+    max_new_tokens: int = 512
     system: str = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -101,7 +105,8 @@ class Session:
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self.template.generation_prompt(asked)
         room = room_for_reply(len(prompt), self.max_new_tokens, self.context)
-        decoder = StreamDecoder(self.tokenizer)
+        # thinking and tool calls stand between special tokens: show those, hide only the stop
+        decoder = StreamDecoder(self.tokenizer, skip_special_tokens=False)
         stop_ids = self.template.stop_ids
 
         def on_token(token: int) -> None:
@@ -110,28 +115,26 @@ class Session:
 
         turn = sum(m["role"] == "user" for m in self.messages)
         reply = self.generate(prompt, room, turn, on_token)
-        said = reply[:-1] if reply and reply[-1] in stop_ids else reply
+        write(decoder.flush())
+        stopped = stops(reply, stop_ids)
+        said = reply[:-1] if stopped else reply
         self.messages = [*asked, parse_assistant(self.tokenizer.decode(said))]
-        return Turn(prompt, list(reply))
+        return Turn(prompt, list(reply), stopped)
 
 
-def room_for_reply(prompt_tokens: int, wanted: int | None, context: int) -> int:
-    """The most tokens that the reply may have; ValueError if the context cannot hold them."""
-    left = context - prompt_tokens
-    if left >= (wanted or 1):
-        return wanted or left
-    raise ValueError(
-        f"the conversation is {prompt_tokens} tokens, the model's context {context}: "
-        + (f"max_new_tokens={wanted} do not fit" if left > 0 else "no room for a reply")
-        + ". Start anew (/reset), say less, or lower max_new_tokens"
-    )
+def room_for_reply(prompt_tokens: int, wanted: int, context: int) -> int:
+    """The most tokens that the reply may have; ValueError if the prompt fills the context."""
+    if prompt_tokens >= context:
+        raise ValueError(
+            f"the conversation is {prompt_tokens} tokens with this turn, the model's context "
+            f"{context}: no room for a reply. Start anew (/reset) or say less"
+        )
+    return min(wanted, context - prompt_tokens)
 
 
 def visible(text: str) -> str:
     """Text without control characters (but newline and tab): a reply cannot steer the terminal."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def converse(
@@ -174,6 +177,8 @@ def answer(session: Session, text: str, out: TextIO, *, show_tokens: bool) -> No
 
     turn = session.say(text, write)
     out.write("\n")
+    if not turn.stopped:
+        print(f"[cut off after {len(turn.reply)} tokens]", file=sys.stderr)
     if show_tokens:
         out.write(json.dumps({"prompt": turn.prompt, "reply": turn.reply}) + "\n")
     out.flush()
@@ -200,28 +205,38 @@ def command(session: Session, text: str, out: TextIO) -> bool:
 
 def open_session(cfg: Config) -> Session:
     """Loads the model and its template. ValueError as the loaders raise it."""
-    from posttrain.sampling import engine
+    import jax
+    from flax import nnx
+
+    from posttrain.sampling.engine import Engine
     from posttrain.sharding import make_mesh
-    from posttrain.train.setup import load_model, use_compile_cache
+    from posttrain.train.setup import open_model, use_compile_cache
 
     use_compile_cache()
-    model = load_model(cfg, make_mesh(cfg.mesh))
+    mesh = make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh):
+        model = open_model(cfg, mesh)
+        engine = Engine(nnx.merge(model.graphdef, nnx.State(model.params)))
     for warning in model.chat.check():
         print(f"posttrain: {warning}", file=sys.stderr)
 
     def generate(
         prompt: list[int], room: int, turn: int, on_token: Callable[[int], None]
     ) -> list[int]:
-        raise NotImplementedError
+        (found,) = engine.generate(
+            [prompt],
+            max_new_tokens=room,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            stop_ids=model.chat.stop_ids,
+            seed=zlib.crc32(f"{cfg.seed} {turn}".encode()),
+            on_token=lambda _, token: on_token(token),
+        )
+        return found.tokens
 
-    return Session(
-        model.chat,
-        model.tokenizer,
-        generate,
-        model.spec.max_positions,
-        cfg.max_new_tokens,
-        cfg.system,
-    )
+    context = model.spec.max_positions
+    return Session(model.chat, model.tokenizer, generate, context, cfg.max_new_tokens, cfg.system)
 
 
 def typed_lines() -> Iterator[str]:

@@ -34,9 +34,9 @@ def measure(
     }
     for kind in PROBE_KINDS:
         right = [is_right(text, probe) for text, probe in judged if probe.kind == kind]
-        rates[f"right answer: {kind}"] = Mean(sum(right), len(right))
+        rates[f"right: {kind}"] = Mean(sum(right), len(right))
     exact = [is_as_asked(text, probe) for text, probe in judged]
-    rates["right, nothing more, in the form asked for"] = Mean(sum(exact), len(exact))
+    rates["right to the letter"] = Mean(sum(exact), len(exact))
     return rates
 
 
