@@ -185,8 +185,21 @@ def test_fields_name_the_column_that_is_wrong():
         convert({"question": "q"}, fields={"user": "question"})
 
 
-def test_the_format_is_found_or_the_candidates_are_named():
-    assert find_format({"text": "a"}, CFG, "f:1") == "text"
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("messages", {"messages": [USER, ANSWER], "id": 1}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}]}),
+        ("alpaca", {"instruction": "i", "output": "o"}),
+        ("prompt_completion", {"prompt": "p", "completion": "c"}),
+        ("text", {"text": "a"}),
+    ],
+)
+def test_the_format_is_found(name, row):
+    assert find_format(row, CFG, "f:1") == name
+
+
+def test_where_no_format_or_several_fit_it_is_said():
     row = {"messages": [USER, ANSWER], "text": "a"}
     with pytest.raises(ValueError, match=r"f:1.*fit messages and text.*format: messages"):
         find_format(row, CFG, "f:1")
