@@ -9,7 +9,9 @@ and it goes on where it was. It leaves out preferences, rewards and adapters: th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import field_validator
 
 from posttrain.chat.template import ChatConfig
 from posttrain.checkpoint import CheckpointConfig
@@ -45,6 +47,13 @@ class Config(Section):
     checkpoint: CheckpointConfig = semantic(CheckpointConfig(), help="saving and resuming")
     log: LogConfig = runtime(LogConfig(), help="metrics")
     export: bool = runtime(True, help="write <run_dir>/export, a Hugging Face folder, at the end")
+
+    @field_validator("run_dir", mode="before")
+    @classmethod
+    def _mounted(cls, value: Any) -> Any:
+        if "://" in str(value):
+            raise ValueError("must be a folder that all hosts have mounted, not a URL")
+        return value
 
 
 def run(cfg: Config) -> int:

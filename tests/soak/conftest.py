@@ -1,0 +1,5 @@
+"""The golden settings, as for the tests of jobs."""
+
+from tests.jobs.conftest import golden_keys
+
+__all__ = ["golden_keys"]
