@@ -20,7 +20,7 @@ from posttrain.types import Batch, Example
 class Examples(Protocol):
     """What the pipeline reads: a cache, from several threads at once."""
 
-    def __getitem__(self, i: int, /) -> Example: ...
+    def read(self, ids: Sequence[int], /) -> list[Example]: ...
 
 
 def make_rows(
@@ -33,16 +33,18 @@ def make_rows(
 
     Segments lie one after another from position 0, the padding is at the end. The first token of a
     segment has nothing before it to be predicted from: its weight is 0 whatever the example says.
+    All examples are asked for at once: a cache reads many together faster than one by one.
     """
     shape = (*layout.shape[:-1], seq_len)
     tokens, positions, segments = (
         np.zeros((layout[..., 0].size, seq_len), np.int32) for _ in "tps"
     )
     weights = np.zeros(tokens.shape, np.float32)
+    read = iter(examples.read(layout[layout >= 0].tolist()))
     for row, members in enumerate(layout.reshape(-1, layout.shape[-1])):
         start = 0
         for segment, i in enumerate(members[members >= 0].tolist(), 1):
-            example = examples[i]
+            example = next(read)
             end = start + len(example.tokens)
             if end > seq_len:
                 raise ValueError(

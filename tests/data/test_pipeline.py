@@ -25,6 +25,9 @@ class FakeCache:
         self.source_ids = (np.arange(n) % 3).astype(np.int32)
         self.source_names = ["a", "b", "c"]
 
+    def read(self, ids) -> list[Example]:
+        return [self[i] for i in ids]
+
     def __getitem__(self, i: int) -> Example:
         n = self.lengths[i]
         return Example(
@@ -118,12 +121,12 @@ def test_a_process_reads_only_its_own_rows():
     plan = make_plan(cache, accumulate=1, shards=2)
     asked = set()
 
-    class Watched:
+    class Watched(FakeCache):
         def __getitem__(self, i):
             asked.add(i)
             return cache[i]
 
-    mine = batches(Watched(), plan, rows=[0, 1])
+    mine = batches(Watched(60), plan, rows=[0, 1])
     kept = np.concatenate([batch.example_ids.ravel() for batch in mine])
     assert asked == set(kept[kept >= 0].tolist())
     assert len(asked) < 60
@@ -151,14 +154,14 @@ def test_an_error_in_the_loader_is_not_the_end_of_the_data(threads, error):
     plan = make_plan(cache, threads=threads)
     bad = int(plan.examples(3)[2])
 
-    class Broken:
+    class Broken(FakeCache):
         def __getitem__(self, i):
             if i == bad:
                 raise error(f"example {i} cannot be read")
             return cache[i]
 
     expected = RuntimeError if error is StopIteration else error
-    with Pipeline(Broken(), plan) as pipeline:
+    with Pipeline(Broken(100), plan) as pipeline:
         with pytest.raises(expected, match=f"example {bad} cannot be read") as caught:
             list(pipeline)
         with pytest.raises(RuntimeError, match="closed"):
@@ -180,12 +183,12 @@ def test_waiting_is_counted():
     cache = FakeCache(20)
     plan = make_plan(cache, rows=100, threads=1)
 
-    class Slow:
+    class Slow(FakeCache):
         def __getitem__(self, i):
             time.sleep(0.01)
             return cache[i]
 
-    with Pipeline(Slow(), plan) as pipeline:
+    with Pipeline(Slow(20), plan) as pipeline:
         next(pipeline)
         waited = pipeline.seconds_waited
     assert 0.1 < waited < 5
@@ -196,12 +199,12 @@ def test_batches_are_read_ahead_and_close_ends_it():
     plan = make_plan(cache, rows=4, prefetch=4)
     asked = []
 
-    class Watched:
+    class Watched(FakeCache):
         def __getitem__(self, i):
             asked.append(i)
             return cache[i]
 
-    pipeline = Pipeline(Watched(), plan)
+    pipeline = Pipeline(Watched(200), plan)
     next(pipeline)
     ahead = plan.examples(3)
     deadline = time.monotonic() + 10

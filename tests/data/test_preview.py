@@ -61,6 +61,9 @@ class Examples:
     def __getitem__(self, i: int) -> Example:
         return self.examples[i]
 
+    def read(self, ids) -> list[Example]:
+        return [self[i] for i in ids]
+
     def place(self, i: int) -> str:
         return f"<file>.jsonl:{i + 1}"
 
