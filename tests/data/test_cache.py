@@ -170,12 +170,15 @@ def test_killed_half_way_it_is_no_cache_and_the_next_one_cleans_up(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["k"]
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path):
-    made = examples(6)
+def test_what_a_living_process_writes_is_left_alone_and_the_first_to_finish_wins(tmp_path):
+    slow, fast = examples(6, 1), examples(8, 2)
     with CacheWriter(tmp_path / "k", ["a", "b"]) as first:
-        fill(first, made)
-        assert len(write(tmp_path / "k", made)) == 6
-        assert len(first.finish("k", report())) == 6
+        fill(first, slow)
+        write(tmp_path / "k", fast, "fast")
+        opened = first.finish("slow", report())
+    assert opened.fingerprint == "fast"
+    assert all(same(opened[i], fast[i]) for i in range(8))
+    assert [path.name for path in tmp_path.iterdir()] == ["k"]
 
 
 def race(folder, seed, gate):

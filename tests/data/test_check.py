@@ -71,6 +71,12 @@ DEFECTS = [
         "put tool_calls",
     ),
     (
+        talk(USER, CALLS, RESULT, {"role": "tool", "content": "again"}, ANSWER),
+        "messages[3].role",
+        "tool result without a call",
+        "put tool_calls",
+    ),
+    (
         talk(USER, CALLS, {**RESULT, "tool_call_id": "c9"}, ANSWER),
         "messages[2].tool_call_id",
         '"c9" answers no open call',
