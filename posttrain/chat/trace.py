@@ -180,10 +180,11 @@ class _TracedCode(CodeGenerator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.keep_plain: set[int] = set()
+        # by id; the nodes are kept, or a new one could take a dead one's id
+        self.keep_plain: dict[int, nodes.Node] = {}
 
     def _plain(self, *children: nodes.Node) -> None:
-        self.keep_plain.update(id(child) for child in children if isinstance(child, nodes.Const))
+        self.keep_plain |= {id(c): c for c in children if isinstance(c, nodes.Const)}
 
     def _literal(self, text: str) -> None:
         self.write(f"environment.literals[{self.environment.literal(text)}]")  # pyright: ignore
