@@ -1,5 +1,5 @@
-# Everything runs in .venv, made on the first use with Python 3.11 and pip alone.
-PYTHON ?= python3.11
+# Everything runs in .venv, made on the first use with Python (3.11 or later) and pip alone.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
