@@ -7,6 +7,7 @@ tokens, and the versions of the libraries under it. Where the files lie does not
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -32,6 +33,7 @@ def fingerprint(cfg: DataConfig, chat: ChatTemplate, files: dict[str, list[str]]
             "name": name,
             # how much of a source is drawn is the plan's business, not the cache's
             "config": source.model_dump(mode="json", exclude={"path", "weight", "repeats"}),
+            "format": _outside(source.format),
             "files": [(kind_of(file), _digest(file, memory)) for file in files[name]],
         }
         for name, source in cfg.sources.items()
@@ -55,6 +57,16 @@ def _code() -> str:
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
             state.update(file.name.encode() + b"\0" + file.read_bytes())
     return state.hexdigest()
+
+
+def _outside(name: str) -> str | None:
+    """A hash of the module of a format `pkg.module:NAME`; None for one of ours."""
+    if ":" not in name:
+        return None
+    found = importlib.util.find_spec(name.split(":")[0])
+    if found is None or found.origin is None:
+        return None  # using it will say what is wrong
+    return hashlib.blake2b(Path(found.origin).read_bytes(), digest_size=16).hexdigest()
 
 
 def _digest(file: str, memory: Path) -> str:

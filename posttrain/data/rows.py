@@ -47,7 +47,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as read. `problems` is not empty where it could not be read: `value` is None then."""
+    """One row as read. One with `problems` is not to be used: its `value` may be None."""
 
     file: str
     line: int
@@ -110,6 +110,26 @@ def json_problem(value: Any, field: str) -> Problem | None:
                 return found
     elif value is not None and not isinstance(value, (bool, int, float)):
         return wrong_type(field, value, "text, a number, a list or an object")
+    return None
+
+
+def null_arguments(value: Any, field: str = "") -> Problem | None:
+    """The first tool call whose `arguments` hold nulls that Parquet may have put there.
+
+    A struct column gives every row the keys of all rows: the model would learn to pass nulls.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            where = f"{field}.{key}" if field else str(key)
+            if key == "arguments" and isinstance(inner, Mapping) and None in inner.values():
+                found = "nulls, as Parquet fills in for the keys of other rows' calls"
+                return Problem(where, found, "store arguments as JSON text")
+            if problem := null_arguments(inner, where):
+                return problem
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            if problem := null_arguments(inner, f"{field}[{i}]"):
+                return problem
     return None
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from posttrain.data.config import SourceConfig
 from posttrain.data.hub import HF_PREFIX, download
-from posttrain.data.rows import Problem, Row, show
+from posttrain.data.rows import Problem, Row, null_arguments, show
 
 BLOCK_BYTES = 1 << 17
 BLOCK_ROWS = 256
@@ -55,9 +55,11 @@ class Block:
         elif self.kind == "arrow":
             import pyarrow as pa
 
-            values = pa.ipc.open_stream(self.payload).read_all().to_pylist()
-            for i, value in enumerate(values):
-                yield Row(self.file, self.first + i, value)
+            table = pa.ipc.open_stream(self.payload).read_all()
+            structs = "arguments: struct" in str(table.schema)
+            for i, value in enumerate(table.to_pylist()):
+                problem = null_arguments(value) if structs else None
+                yield Row(self.file, self.first + i, value, (problem,) if problem else ())
         else:
             lines = self.payload.split(b"\n") if self.kind == "lines" else self.payload
             if self.kind == "lines" and lines and not lines[-1]:

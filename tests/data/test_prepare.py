@@ -198,6 +198,23 @@ def test_whatever_changes_the_examples_changes_the_key(tmp_path):
     assert len(set(keys)) == len(keys)
 
 
+def test_an_edited_format_of_the_users_own_changes_the_key(tmp_path, monkeypatch):
+    module = tmp_path / "own_format.py"
+    text = """
+from posttrain.data.formats import Format
+from posttrain.types import Text
+FORMAT = Format(lambda row: True, lambda row, cfg: Text(completion=row["q"]))
+"""
+    module.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write(tmp_path / "one.jsonl", [turn(1)])
+    cfg = config(tmp_path, sources={"one": {"path": path, "format": "own_format:FORMAT"}})
+    first = prepare(cfg, FakeChat(), quiet=True)
+    assert first[0].tokens.tolist() == [256, *b"question 1", 257]
+    module.write_text(text + "# edited\n")
+    assert prepare(cfg, FakeChat(), quiet=True).fingerprint != first.fingerprint
+
+
 def test_digests_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
     from posttrain.data import fingerprint
 

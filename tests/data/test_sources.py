@@ -149,6 +149,20 @@ def source(folder, *names):
     return SourceConfig(path=tuple(str(folder / name) for name in names))
 
 
+def test_nulls_that_parquet_puts_into_arguments_are_problems(tmp_path):
+    calls = [{"a": 1}, {"b": "x"}, {"a": 2}]
+    rows = [{"tool_calls": [{"function": {"name": "f", "arguments": call}}]} for call in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row.problems[0].field for row in read(tmp_path / "a.parquet")] == [
+        "tool_calls[0].function.arguments"
+    ] * 3
+    for row in rows:
+        function = row["tool_calls"][0]["function"]
+        function["arguments"] = json.dumps(function["arguments"])
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row.value for row in read(tmp_path / "a.parquet")] == rows
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
     assert read(tmp_path / "a.jsonl")[0].value == {"a": 1}

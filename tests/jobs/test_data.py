@@ -70,6 +70,24 @@ def test_prepare_stops_at_bad_rows_with_all_of_them(write_config, capsys):
     assert "rows.jsonl:3: line: bad JSON" in said
 
 
+REFUSES = """{% for m in messages %}{% if 'odd' in m.content|string %}
+{{ raise_exception('odd rows are not for me') }}{% endif %}{{ m.content }}{% endfor %}"""
+
+
+def test_what_the_template_refuses_is_a_defect_too(write_config, tmp_path, capsys):
+    template = tmp_path / "refuses.jinja"
+    template.write_text(REFUSES)
+    config = write_config([{"q": "odd", "a": "b"}, GOOD])
+    assert cli.main(["data", "check", config, f"chat.template={template}"]) == 1
+    said = capsys.readouterr().out
+    assert "rows.jsonl:1: row: " in said
+    assert "odd rows are not for me" in said
+    # the second has no stop token that ends its answer: the rendered text is shown
+    assert "rows.jsonl:2: row: " in said
+    assert said.rstrip().endswith("2 defects in 2 of 2 rows")
+    assert "what the template made of the first row that it refuses:\n2+2?4" in said
+
+
 def test_preview_shows_the_rows_and_writes_a_page(write_config, tmp_path, capsys):
     page = tmp_path / "page.html"
     config = write_config([GOOD] * 3)
