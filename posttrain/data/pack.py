@@ -6,7 +6,7 @@ gsm8k's positions empty at 1,024, because it takes one example at a time; here a
 longest example left and all its fillers are chosen at once, by subset sum over the lengths that are
 left (Martello & Toth, "Knapsack Problems", 1990, section 4.2, with Python integers as bit sets).
 
-Shapes: N examples, R rows.
+Shapes: N examples, R rows, E = R + 1 edges between them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Rows(Sequence):
     """Rows of examples, flat: row r holds members[starts[r] : starts[r + 1]]."""
 
     members: Int[np.ndarray, " N"]
-    starts: Int[np.ndarray, " R+1"]
+    starts: Int[np.ndarray, " E"]
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -17,6 +17,7 @@ from posttrain.data.plan import Plan
 from posttrain.types import Batch, Example
 
 
+@runtime_checkable
 class Examples(Protocol):
     """What the pipeline reads: a cache, from several threads at once."""
 

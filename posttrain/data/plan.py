@@ -5,7 +5,8 @@ before it, and every host works out the same plan, so that resuming at step k ta
 nothing else. `accumulate` and the number of batch shards move rows about inside a step; they never
 change which examples the step has.
 
-Shapes: A micro-batches, B rows of a micro-batch, S segments of a row; K steps, N examples.
+Shapes: A micro-batches, B rows of a micro-batch, S segments of a row; N examples; K steps with
+E = K + 1 edges.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -53,6 +54,7 @@ class BatchConfig(Config):
         return self
 
 
+@runtime_checkable
 class Index(Protocol):
     """What a plan has to know of a cache."""
 
@@ -74,7 +76,7 @@ class _Epoch:
     """One epoch's rows (members are example ids) and the first row of each step, with the end."""
 
     rows: Rows
-    step_starts: Int[np.ndarray, " K+1"]
+    step_starts: Int[np.ndarray, " E"]
     trained: Int[np.ndarray, " R"]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from string import Template
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from rich.console import Console
@@ -29,6 +29,7 @@ LONGEST_CHARACTER = 8  # tokens tried for one character: UTF-8 has at most 4 byt
 MARKS = {" ": "·", "\n": "↵\n", "\t": "⇥\t"}
 
 
+@runtime_checkable
 class Examples(Protocol):
     """What the preview reads: a cache that also knows where an example came from."""
 
@@ -64,7 +65,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Row:
-    """A row in use. micro_batch and index say where it lies in its step."""
+    """A row in use, and where it lies in its step."""
 
     step: int
     micro_batch: int
@@ -197,20 +198,19 @@ def to_terminal(rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         console.print(Rule(Text(row.title(), "bold"), characters="═", style="default"))
         for segment in row.segments:
-            console.print(Rule(Text(_heading(segment), "cyan"), align="left"))
+            console.print(Text(f"── {_heading(segment)}", "bold cyan"))
             line = Text(overflow="fold")
-            for (is_special, is_trained), run in groupby(segment.pieces, _kind):
+            kinds = groupby(segment.pieces, lambda piece: (piece.special, piece.weight > 0))
+            for (is_special, is_trained), run in kinds:
                 style = special if is_special else context
                 if is_trained:
                     style = both if is_special else trained
                 line.append("".join(visible(piece.text, str, str) for piece in run), style)
+            if line.plain.endswith("\n"):
+                line.right_crop(1)
             console.print(line)
         if row.padding:
             console.print(Text(f"{'░' * min(row.padding, 40)} padding x {row.padding:,}", padding))
-
-
-def _kind(piece: Piece) -> tuple[bool, bool]:
-    return piece.special, piece.weight > 0
 
 
 def _heading(segment: Segment) -> str:

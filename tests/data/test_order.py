@@ -80,7 +80,7 @@ def test_part_of_a_source_is_drawn_without_replacement_across_epochs():
 
 
 def test_weights_give_the_shares_and_leave_nothing_out():
-    repeats = mixture_repeats("abc", [1000, 100, 50], [0.6, 0.3, 0.1], [1, 1, 1])
+    repeats = mixture_repeats("abc", [1000, 100, 50], [0.6, 0.3, 0.1], [1.0, 1.0, 1.0])
     examples = repeats * [1000, 100, 50]
     np.testing.assert_allclose(examples / examples.sum(), [0.6, 0.3, 0.1])
     assert repeats.min() == 1 == repeats[0]  # the most examples per weight: 1667, 333, 500
@@ -96,9 +96,9 @@ def test_without_weights_the_repeats_are_as_given():
 @pytest.mark.parametrize(
     ("sizes", "weights", "repeats", "message"),
     [
-        ([10, 10], [1.0, None], [1, 1], r"sources\.b\.weight: not set"),
-        ([10, 10], [1.0, 1.0], [1, 2], r"sources\.b\.repeats: 2 beside weight 1"),
-        ([10, 0], [None, None], [1, 1], r"sources\.b: no examples"),
+        ([10, 10], [1.0, None], [1.0, 1.0], r"sources\.b\.weight: not set"),
+        ([10, 10], [1.0, 1.0], [1.0, 2.0], r"sources\.b\.repeats: 2 beside weight 1"),
+        ([10, 0], [None, None], [1.0, 1.0], r"sources\.b: no examples"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused_by_name(sizes, weights, repeats, message):
