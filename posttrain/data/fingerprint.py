@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import time
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def _digest(file: str, memory: Path) -> str:
     # a file changed a moment ago may change again without showing it
     if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:
         memory.mkdir(parents=True, exist_ok=True)
-        temporary = known.with_name(f"{name}.{os.getpid()}")
+        # hosts share this folder, and containers share process ids
+        temporary = known.with_name(f"{name}.{uuid.uuid4().hex}")
         temporary.write_text(json.dumps([*now, value]))
         temporary.replace(known)
     return value
