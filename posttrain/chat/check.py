@@ -111,7 +111,8 @@ def check_template(
                 ]
         except ChatError as error:
             out.append(f"{name} conversations are refused: {error.reason}")
-    return [*_check_vocabulary(renderer, tokenizer), *dict.fromkeys(out)]
+    general = [*tokenizer.warnings(), *_check_vocabulary(renderer, tokenizer)]
+    return [*general, *dict.fromkeys(out)]
 
 
 def _check_part(

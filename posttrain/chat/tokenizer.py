@@ -221,16 +221,33 @@ class Tokenizer:
         return Tokenizer(wider.to_str(), self._config, self._state[2])
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
+        """Write tokenizer.json and tokenizer_config.json as transformers reads them.
+
+        The class written is the one that takes tokenizer.json as it stands: LlamaTokenizer, say,
+        builds a pipeline of its own in transformers 5, with other ids (see `warnings`).
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self._whole.to_str(pretty=True), encoding="utf-8")
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config}
-        config.pop("chat_template", None)
+        config = {**self._config, "tokenizer_class": "PreTrainedTokenizerFast"}
+        for name in ("chat_template", "backend", "added_tokens_decoder", "auto_map"):
+            config.pop(name, None)
         config.update(self.special_tokens)
         (folder / "tokenizer_config.json").write_text(
             json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
         )
+
+    def warnings(self) -> list[str]:
+        """What a user should know of this tokenizer; [] for nothing."""
+        name = str(self._config.get("tokenizer_class"))
+        prepends = '"Prepend"' in json.dumps(self._parsed["normalizer"])
+        if name.startswith("LlamaTokenizer") and prepends and not self._config.get("legacy", True):
+            return [
+                f"tokenizer_class {name} with legacy: false makes transformers 5 ignore the "
+                "normalizer of tokenizer.json (no space before a text that follows a control "
+                "token); ids here are those of tokenizer.json, and so is the exported model"
+            ]
+        return []
 
     def fingerprint(self) -> str:
         """A hash of everything that decides ids."""
