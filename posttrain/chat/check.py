@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 
+from posttrain.chat.encoding import Encoding, token_range
 from posttrain.chat.render import ChatError, Part, Rendered, Renderer
 from posttrain.chat.spans import MARKED, SWITCH, TURN, Span, SpanFinder
-from posttrain.chat.tokenizer import Encoding, Tokenizer, token_range
+from posttrain.chat.tokenizer import Tokenizer
 from posttrain.types import Conversation, Message
 
 _CONTROL = re.compile(r"<\|[^|<>\s]+\|>|<\uff5c[^\uff5c<>]+\uff5c>|<(?:start|end)_of_turn>")

@@ -16,10 +16,11 @@ import numpy as np
 
 from posttrain.chat.check import check_template, learn_stops
 from posttrain.chat.config import ChatConfig
+from posttrain.chat.encoding import Encoding, token_range
 from posttrain.chat.render import ChatError, Part, Rendered, Renderer
 from posttrain.chat.source import find_source
 from posttrain.chat.spans import Span, SpanError, SpanFinder
-from posttrain.chat.tokenizer import Encoding, Tokenizer, token_range
+from posttrain.chat.tokenizer import Tokenizer
 from posttrain.chat.traced import NOBODY
 from posttrain.types import Conversation, Example, Message, Text
 

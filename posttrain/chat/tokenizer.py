@@ -6,11 +6,9 @@ Text is encoded as it stands: BOS and EOS come from the template or from `text_e
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +16,10 @@ import numpy as np
 import tokenizers
 
 from posttrain.chat.control import Intervals, SectionEncoder, covers, is_control
+from posttrain.chat.encoding import Encoding, LazyOffsets
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _NAMED += ("mask_token",)
-
-
-class LazyOffsets(Sequence[tuple[int, int]]):
-    """The offsets of an encoding, asked for one at a time: a list of them all costs a tenth of
-    the encoding itself. `changed` replaces those of some positions."""
-
-    __slots__ = ("_found", "_length", "changed")
-
-    def __init__(self, found: tokenizers.Encoding, length: int) -> None:
-        self._found, self._length = found, length
-        self.changed: dict[int, tuple[int, int]] = {}
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, k: Any) -> Any:
-        if self.changed and k in self.changed:
-            return self.changed[k]
-        return self._found.token_to_chars(k)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for k, pair in enumerate(self._found.offsets):
-            yield self.changed.get(k, pair)
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """array: int32 [n], the ids; offsets: n pairs (start, end) in characters of the text. Tokens
-    that share one character (its bytes) share its offsets; a token that stands for no character
-    has start == end."""
-
-    array: np.ndarray
-    offsets: Sequence[tuple[int, int]]
-
-    @property
-    def ids(self) -> list[int]:
-        """The ids as a list."""
-        return self.array.tolist()
 
 
 class Tokenizer:
@@ -255,24 +216,6 @@ class Tokenizer:
         return hashlib.sha256(state.encode()).hexdigest()
 
 
-def token_range(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
-    """The tokens [low, high) of text[start:end).
-
-    A token that holds characters on both sides of `start` belongs to the range, since the text's
-    first word may be in it; one on both sides of `end` does not: it is mostly somebody else's.
-    """
-    if start >= end:
-        return 0, 0
-    offsets = encoding.offsets
-    low = bisect.bisect_left(offsets, (start,))
-    while low > 0 and offsets[low - 1][1] > start:
-        low -= 1
-    high = bisect.bisect_left(offsets, (end,))
-    while high > low and offsets[high - 1][1] > end:
-        high -= 1
-    return low, high
-
-
 class StreamDecoder:
     """Text of tokens that come one at a time; holds back what is no whole character yet."""
 
@@ -280,26 +223,30 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._ids: list[int] = []
-        self._said = ""  # the text of _ids that has been given out
+        # what was given out last, for decoders that treat the first token or loose bytes apart
+        self._context: list[int] = []
+        self._fresh: list[int] = []
 
     def push(self, index: int) -> str:
         """The finished text that this token adds, "" while a character is unfinished."""
-        self._ids.append(index)
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-        if text.endswith("\ufffd") and len(self._ids) < self._WINDOW:
+        self._fresh.append(index)
+        text = self._text(self._context + self._fresh)
+        if text.endswith("\ufffd") and len(self._fresh) < self._WINDOW:
             return ""
-        new = text[len(self._said) :]
-        # a decoder may treat the first token apart (a leading space): keep one for context
-        self._ids = self._ids[-1:]
-        self._said = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-        return new
+        return self._give(text)
 
     def flush(self) -> str:
         """What is left at the end, broken characters as U+FFFD."""
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-        new, self._ids, self._said = text[len(self._said) :], [], ""
+        return self._give(self._text(self._context + self._fresh))
+
+    def _give(self, text: str) -> str:
+        new = text[len(self._text(self._context)) :]
+        if self._fresh:
+            self._context, self._fresh = self._fresh, []
         return new
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
 
 def _core(text: str, start: int, end: int) -> tuple[int, int]:
