@@ -8,7 +8,7 @@ Shape suffixes: B rows, T positions, S cache slots, N query heads, K key/value h
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,15 +129,16 @@ def _splash_local(
         block_kv_dq=size,
     )
     causal = masks.MultiHeadMask([masks.CausalMask((t, t))] * n)
-    kernel = splash.make_splash_mha_single_device(causal, block_sizes=blocks, interpret=interpret)
-    kernel = cast(Any, kernel)  # a partial whose arguments checkers cannot follow
+    kernel: Any = splash.make_splash_mha_single_device(
+        causal, block_sizes=blocks, interpret=interpret
+    )
     scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)  # the kernel does not
 
     def row(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
         return kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids))
 
-    heads_first = [x.swapaxes(1, 2) for x in (scaled, k, v)]
-    return jax.vmap(row)(*heads_first, segment_ids).swapaxes(1, 2).astype(q.dtype)
+    q, k, v = (x.swapaxes(1, 2) for x in (scaled, k, v))  # heads first
+    return jax.vmap(row)(q, k, v, segment_ids).swapaxes(1, 2).astype(q.dtype)
 
 
 def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:

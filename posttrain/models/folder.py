@@ -97,7 +97,8 @@ class Tensors:
         """Whether two tensors hold the same values; `rows` of each in memory at a time."""
         if self.shape(one) != self.shape(other):
             return False
-        cuts = [(slice(i, i + rows),) for i in range(0, self.shape(one)[0], rows)]
+        n = self.shape(one)[0]
+        cuts = [(slice(i, min(i + rows, n)),) for i in range(0, n, rows)]
         return all(np.array_equal(self.read(one, cut), self.read(other, cut)) for cut in cuts)
 
 

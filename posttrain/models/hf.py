@@ -108,8 +108,8 @@ def _reader(
         ids = np.arange(wanted.start, wanted.stop)
         kept = slice(min(wanted.start, have), min(wanted.stop, have))
         table = np.zeros((len(ids), like.shape[1 - dim]), np.float32)[:, index[1 - dim]]
-        part = tensors.read(name, (kept, index[1 - dim]))
-        table[: kept.stop - kept.start] = part
+        if kept.start < kept.stop:
+            table[: kept.stop - kept.start] = tensors.read(name, (kept, index[1 - dim]))
         new = ((ids >= have) & (ids < spec.vocab_size)) | np.isin(ids, np.array(new_ids))
         if new.any():
             old = slice(0, min([have, *new_ids]))
