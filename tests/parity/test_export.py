@@ -1,0 +1,119 @@
+"""Folders that we write, opened by transformers: the same logits, the same greedy text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from posttrain.models import hf
+from posttrain.models.spec import ModelConfig
+from posttrain.sharding import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.parity
+
+_SHARED = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 150,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.1,
+}
+# as configs were written before transformers 5, which must read them the same way
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama",
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        **_SHARED,
+    },
+    "qwen2": {
+        "model_type": "qwen2",
+        "rope_theta": 1000000.0,
+        "sliding_window": 32,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        **_SHARED,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "rope_theta": 1000000.0,
+        "head_dim": 32,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        **_SHARED,
+    },
+}
+
+
+def logits(model: hf.Model, tokens: np.ndarray) -> np.ndarray:
+    rows, width = tokens.shape
+    positions = np.tile(np.arange(width, dtype=np.int32), (rows, 1))
+    ones = np.ones((rows, width), np.int32)
+    network = jax.jit(lambda s: nnx.merge(model.graph, s).logits(tokens, positions, ones))
+    return np.asarray(network(model.state))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_transformers_opens_what_we_save(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """Two added tokens and padding rows here; several files; new rows are part of the logits."""
+    import torch
+    import transformers
+
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    data, fsdp, tensor = shape
+    mesh_cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    mesh = make_mesh(mesh_cfg, jax.devices()[: data * fsdp * tensor])
+    cfg = ModelConfig(
+        path=str(tmp_path), random_init=True, dtype="float32", remat="none", vocab_multiple=64
+    )
+    with jax.set_mesh(mesh):
+        model = hf.open_model(cfg, mesh, tokenizer_size=152)
+        tokens = np.random.default_rng(0).integers(0, 152, (8, 96)).astype(np.int32)
+        found = logits(model, tokens)
+        out = tmp_path / "export"
+        hf.save(out, model.spec, model.state, shard_bytes=50_000, stop_ids=(150, 3))
+    assert len(list(out.glob("*.safetensors"))) > 2
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert theirs.generation_config.eos_token_id == [150, 3]
+    want = theirs.eval()(torch.from_numpy(tokens.astype(np.int64))).logits.detach().numpy()
+    assert want.shape == found.shape == (8, 96, 152)
+    assert np.abs(found - want).max() < 2e-5
+    assert want.std() > 0.5
+
+
+def test_bfloat16_exports_open_in_their_dtype(tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3"]))
+    cfg = ModelConfig(path=str(tmp_path), random_init=True)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = hf.open_model(cfg, mesh)
+    hf.save(tmp_path / "export", model.spec, model.state, dtype="bfloat16")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    own = dict(hf.flat_params(model.state))["embedding"][: model.spec.vocab_size]
+    table = theirs.model.embed_tokens.weight.float().detach().numpy()
+    np.testing.assert_array_equal(table, np.asarray(own.astype("bfloat16").astype("float32")))

@@ -1,0 +1,149 @@
+"""The decoder against transformers: logits, gradients, greedy text, in float32, both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from posttrain.models import hf
+from posttrain.models.hf import open_model
+from posttrain.models.keys import KEYS, file_names, is_stacked, to_file
+from posttrain.models.spec import ModelConfig
+from posttrain.sampling.engine import Engine
+from posttrain.sharding import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.parity
+
+_SHARED = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 211,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.08,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("LlamaConfig", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "llama3": ("LlamaConfig", {"rope_parameters": _LLAMA3, "tie_word_embeddings": True}),
+    "llama-linear": ("LlamaConfig", {"rope_parameters": _LINEAR, "head_dim": 24}),
+    "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-untied": ("Qwen2Config", {"rope_theta": 1e6}),
+    "qwen3": ("Qwen3Config", {"head_dim": 24, "tie_word_embeddings": True}),
+    "qwen3-biases": ("Qwen3Config", {"head_dim": 32, "attention_bias": True}),
+}
+
+
+@dataclass
+class Pair:
+    """One model twice: transformers' and ours, loaded from the folder that it saved."""
+
+    folder: Path
+    torch_model: Any
+    graph: Any
+    state: Any
+    spec: Any
+    tokens: np.ndarray
+
+    def logits(self, state: Any) -> Any:
+        rows, width = self.tokens.shape
+        positions = np.tile(np.arange(width, dtype=np.int32), (rows, 1))
+        return nnx.merge(self.graph, state).logits(
+            self.tokens, positions, np.ones((rows, width), np.int32)
+        )
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> Any:
+    import torch
+
+    return model(torch.from_numpy(tokens.astype(np.int64))).logits
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    kind, changes = SHAPES[request.param]
+    config = getattr(transformers, kind)(**{**_SHARED, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for name, weight in model.named_parameters():  # biases and norms are born 0 and 1: hide nothing
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.2)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    cfg = ModelConfig(path=str(folder), dtype="float32", remat="none", vocab_multiple=64)
+    ours = open_model(cfg, make_mesh(MeshConfig(), jax.devices()[:1]))
+    tokens = np.random.default_rng(0).integers(0, 211, (3, 160)).astype(np.int32)
+    return Pair(folder, model, ours.graph, ours.state, ours.spec, tokens)
+
+
+def test_logits_are_equal(pair: Pair) -> None:
+    want = torch_logits(pair.torch_model, pair.tokens).detach().numpy()
+    found = np.asarray(jax.jit(pair.logits)(pair.state))
+    gap = np.abs(found - want).max()
+    print(f"{pair.folder.name}: logits {gap:.1e} (std {want.std():.2f})")
+    assert want.std() > 0.5
+    assert gap < 2e-5
+
+
+def test_gradients_are_equal(pair: Pair) -> None:
+    """Of the mean negative log-likelihood, every tensor, by relative L2."""
+    import torch
+
+    model, tokens = pair.torch_model, pair.tokens
+    model.zero_grad()
+    targets = torch.from_numpy(tokens[:, 1:].astype(np.int64))
+    logits = torch_logits(model, tokens)[:, :-1]
+    torch.nn.functional.cross_entropy(logits.reshape(-1, 211), targets.reshape(-1)).backward()
+    want = {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+    def loss(state: Any) -> jax.Array:
+        logp = jax.nn.log_softmax(pair.logits(state)[:, :-1])
+        return -jnp.take_along_axis(logp, tokens[:, 1:, None], 2).mean()
+
+    seen, worst = set(), 0.0
+    for path, grad in hf.flat_params(jax.jit(jax.grad(loss))(pair.state)):
+        for layer, name in file_names(path, pair.spec):
+            own = np.asarray(grad[layer] if is_stacked(path) else grad)
+            own = to_file(KEYS[path], own, pair.spec.vocab_size)
+            gap = np.linalg.norm(own - want[name]) / max(np.linalg.norm(want[name]), 1e-4)
+            worst = max(worst, gap)
+            assert gap < 1e-4, (name, gap)
+            seen.add(name)
+    print(f"{pair.folder.name}: gradients {worst:.1e}")
+    assert seen == set(want)
+
+
+def test_greedy_text_is_equal(pair: Pair) -> None:
+    import torch
+
+    prompts = [row[:n].tolist() for row, n in zip(pair.tokens, (3, 20, 50), strict=True)]
+    ours = Engine(nnx.merge(pair.graph, pair.state)).generate(prompts, max_new_tokens=30)
+    for prompt, found in zip(prompts, ours, strict=True):
+        want = pair.torch_model.generate(
+            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None,
+            pad_token_id=0, attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        )  # fmt: skip
+        assert found.tokens == want[0, len(prompt) :].tolist()
