@@ -129,16 +129,18 @@ class Renderer:
             messages = shape_messages(conversation.messages, shape)
             try:
                 text = self._template.render({**variables, "messages": messages})
-                with self._lock:
-                    wrapped = wrap_messages(messages, self._traced)
-                    trace = self._traced.trace(
-                        {**variables, "messages": wrapped, "tools": wrapped_tools}
-                    )
             except _TEMPLATE_ERRORS as error:
                 problem = problem or error
                 continue
+            with self._lock:
+                wrapped = wrap_messages(messages, self._traced)
+                followed = {**variables, "messages": wrapped, "tools": wrapped_tools}
+                try:
+                    trace = self._traced.trace(followed)
+                except _TEMPLATE_ERRORS as error:
+                    raise ChatError(f"the template cannot be followed: {error}", text) from error
             if trace.text != text:
-                raise ChatError("the template does something that cannot be followed", text)
+                raise ChatError("the template cannot be followed: its text changed", text)
             lost = lost_fields(trace, wrapped, wrapped_tools)
             if best is None or len(lost) < len(best.lost):
                 roles = [str(message.get("role")) for message in messages]
