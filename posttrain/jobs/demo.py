@@ -62,9 +62,9 @@ class Config(Section):
     sft_steps: int = semantic(1000, gt=0, help="training steps on conversations")
     sft_lr: float = semantic(2e-3, gt=0, help="peak learning rate there")
     replay: float = semantic(0.1, ge=0, lt=1, help="share of base text in the SFT mixture")
-    probes: int = semantic(64, gt=0, help="held-out questions of each kind")
-    temperature: float = semantic(1.0, ge=0, help="of the measured answers")
-    max_new_tokens: int = semantic(48, gt=0, help="an answer longer than this did not stop")
+    probes: int = runtime(64, gt=0, help="held-out questions of each kind")
+    temperature: float = runtime(1.0, ge=0, help="of the measured answers")
+    max_new_tokens: int = runtime(48, gt=0, help="an answer longer than this did not stop")
 
 
 def use_cores(rows: int) -> None:
