@@ -1,0 +1,182 @@
+"""A model folder, or a run's checkpoint, -> a Hugging Face folder that transformers opens.
+
+Changes the dtype, adds special tokens, pads the vocabulary, splits files by size; of a run it
+exports any checkpoint that is still there. One tensor is in memory at a time on the host. It does
+not quantise, merge adapters, or read pickles.
+
+    posttrain convert source=MODEL out=MODEL-bf16 dtype=bfloat16
+    posttrain convert source=runs/first@500 out=exported
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.config import Config as Section
+from posttrain.config import ConfigError, runtime, semantic
+from posttrain.models.spec import DtypeName, ModelConfig
+from posttrain.sharding import MeshConfig
+
+
+class Config(Section):
+    """What is read, what is written."""
+
+    job: Literal["convert"] = semantic("convert", help="names the job")
+    source: str = semantic(help="model folder, hub id, or run folder (RUN or RUN@STEP)")
+    out: Path = semantic(help="the folder that is written")
+    dtype: DtypeName | None = semantic(None, help="of the weights written; none = the source's")
+    new_tokens: tuple[str, ...] = semantic((), help="special tokens to add (not to a run's model)")
+    vocab_multiple: int = semantic(
+        1, ge=1, help="pad the vocabulary to a multiple; rows added are the mean of the old"
+    )
+    max_file_gb: float = runtime(5.0, gt=0, help="size of one safetensors file, in 10^9 bytes")
+    mesh: MeshConfig = runtime(MeshConfig(), help="where the weights lie meanwhile")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is to be written, and the folder that its tokenizer came from."""
+
+    folder: Path
+    spec: Any
+    params: Any
+    dtype: DtypeName
+    tokenizer: Any
+    template: str | None
+    stop_ids: tuple[int, ...]
+
+
+def run(cfg: Config) -> int:
+    """The exit code: 0. ValueError on what the user can mend."""
+    import jax
+
+    from posttrain import sharding
+    from posttrain.models import hf
+
+    mesh = sharding.make_mesh(cfg.mesh)
+    run_dir = Path(cfg.source.partition("@")[0])
+    with jax.set_mesh(mesh):
+        is_run = (run_dir / "resolved.yaml").is_file()
+        source = _of_run(cfg, run_dir, mesh) if is_run else _of_folder(cfg, mesh)
+        if cfg.out.resolve() == source.folder.resolve():
+            raise ConfigError(f"out is {cfg.out}, the folder that is read: choose another")
+        hf.save(
+            cfg.out,
+            source.spec,
+            source.params,
+            source.tokenizer,
+            dtype=source.dtype,
+            stop_ids=source.stop_ids,
+            shard_bytes=int(cfg.max_file_gb * 10**9),
+        )
+        _write_rest(cfg, source)
+    print(
+        f"{cfg.out}: {source.spec.family}, {source.spec.parameters:,} parameters, "
+        f"{source.spec.vocab_size} tokens, {source.dtype}"
+    )
+    return 0
+
+
+def _of_folder(cfg: Config, mesh: Any) -> _Source:
+    from posttrain.chat.tokenizer import Tokenizer
+    from posttrain.models import hf
+    from posttrain.models.folder import local_folder
+    from posttrain.models.spec import read_json
+
+    folder = local_folder(cfg.source)
+    raw = read_json(folder / "config.json")
+    dtype = cfg.dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"{folder} is in {dtype}: set dtype to float32 or bfloat16")
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    if cfg.new_tokens and not has_tokenizer:
+        raise ConfigError(f"new_tokens: {folder} holds no tokenizer.json to add them to")
+    tokenizer = Tokenizer.load(folder) if has_tokenizer else None
+    used, size = (tokenizer.size, tokenizer.size) if tokenizer else (0, 0)
+    if tokenizer and cfg.new_tokens:
+        tokenizer = tokenizer.with_added_tokens(list(cfg.new_tokens))
+        size = tokenizer.size
+    rows = max(size, int(raw.get("vocab_size") or 0))
+    rows = -(-rows // cfg.vocab_multiple) * cfg.vocab_multiple
+    options: dict[str, Any] = {"param_dtype": dtype, "dtype": dtype, "vocab_multiple": 1}
+    model = hf.open_model(
+        ModelConfig(path=str(folder), **options),
+        mesh,
+        tokenizer_size=rows,
+        new_ids=range(used, size),
+    )
+    return _Source(
+        folder,
+        model.spec,
+        model.state,
+        options["dtype"],
+        tokenizer,
+        _template_of(folder, tokenizer),
+        tuple(tokenizer.stop_ids) if tokenizer else (),
+    )
+
+
+def _template_of(folder: Path, tokenizer: Any) -> str | None:
+    """The folder's chat template, if it has one."""
+    from posttrain.chat.source import find_source
+
+    if tokenizer is None:
+        return None
+    if tokenizer.chat_template is None and not (folder / "chat_template.jinja").is_file():
+        return None
+    return find_source(folder, tokenizer.chat_template, None)
+
+
+def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
+    from flax import nnx
+
+    from posttrain import checkpoint, config
+    from posttrain.chat.template import ChatTemplate
+    from posttrain.chat.tokenizer import Tokenizer
+    from posttrain.jobs import sft
+    from posttrain.models import read_spec
+    from posttrain.models.folder import local_folder
+    from posttrain.models.transformer import abstract_model, compute_of
+
+    if cfg.new_tokens or cfg.vocab_multiple > 1:
+        raise ConfigError(
+            f"{run_dir} is a run: export it first, then add tokens to or pad the exported folder"
+        )
+    trained = config.load(sft.Config, [run_dir / "resolved.yaml"])
+    folder = local_folder(trained.model.path)
+    tokenizer = Tokenizer.load(folder)
+    if trained.model.new_tokens:
+        tokenizer = tokenizer.with_added_tokens(list(trained.model.new_tokens))
+    chat = ChatTemplate.load(folder, tokenizer, trained.chat)
+    spec = read_spec(folder)
+    spec = spec.with_vocab(max(spec.vocab_size, tokenizer.size), trained.model.vocab_multiple)
+    _, abstract = abstract_model(spec, compute_of(trained.model), mesh)
+    params = checkpoint.restore_params(cfg.source, nnx.to_pure_dict(abstract))
+    return _Source(
+        folder,
+        spec,
+        params,
+        cfg.dtype or trained.model.param_dtype,
+        tokenizer,
+        chat.source,
+        tuple(chat.stop_ids),
+    )
+
+
+def _write_rest(cfg: Config, source: _Source) -> None:
+    """The chat template, and what the source's generation config says beside the stop tokens."""
+    from posttrain.checkpoint import is_primary
+    from posttrain.models.spec import read_json
+
+    if not is_primary():
+        return
+    if source.template is not None:
+        (cfg.out / "chat_template.jinja").write_text(source.template, encoding="utf-8")
+    name = "generation_config.json"
+    if (source.folder / name).is_file():
+        written = read_json(cfg.out / name) if (cfg.out / name).is_file() else {}
+        merged = read_json(source.folder / name) | written
+        (cfg.out / name).write_text(json.dumps(merged, indent=2) + "\n")
