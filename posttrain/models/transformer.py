@@ -5,17 +5,14 @@ Shape suffixes: B rows, T positions, D embed, V vocabulary rows, L layers.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from posttrain.models.embedding import look_up
 from posttrain.models.layers import (
     Compute,
     Layer,
-    gather,
     make_param,
     rms_norm,
     rope_angles,
@@ -34,26 +31,6 @@ REMAT = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> Any:
-    """Rows of the table in `dtype`. Its gradient adds up in float32, whatever the dtype is."""
-    table: Any = gather(table_VD.astype(dtype), ("vocab", "embed"))
-    return table[tokens_BT]
-
-
-def _look_up_fwd(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> Any:
-    return _look_up(table_VD, tokens_BT, dtype), (tokens_BT, table_VD)
-
-
-def _look_up_bwd(dtype: Any, saved: Any, ct_BTD: jax.Array) -> tuple[jax.Array, None]:
-    tokens_BT, table_VD = saved
-    grad = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BT].add(ct_BTD.astype(jnp.float32))
-    return constrain(grad, ("vocab", "embed")).astype(table_VD.dtype), None
-
-
-_look_up.defvjp(_look_up_fwd, _look_up_bwd)
-
-
 class Transformer(nnx.Module):
     """A dense decoder (Llama, Qwen). Parameters: embedding [V, D], layers.* [L, ...],
     final_norm [D] and, where the head is not tied, head [D, V]."""
@@ -70,7 +47,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Embedded tokens [B, T, D] in the compute dtype."""
-        x: Any = _look_up(self.embedding[...], tokens_BT, self.compute.dtype)
+        x = look_up(self.embedding[...], tokens_BT, self.compute.dtype)
         return constrain(x, ("batch", None, None))
 
     def hidden(

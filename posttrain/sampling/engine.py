@@ -24,7 +24,7 @@ from posttrain.models.attention import cached_attention
 from posttrain.models.layers import rope_angles, segment_attend
 from posttrain.models.transformer import Transformer
 from posttrain.sampling.sampler import Choice, choose
-from posttrain.sharding import batch_shards, constrain, named_sharding, replicated
+from posttrain.sharding import batch_shards, constrain, replicated
 
 OnToken = Callable[[int, int], None]
 """Called with (row, token) as soon as a token is known, stop tokens included."""
@@ -51,7 +51,6 @@ class _Static:
     layer: nnx.GraphDef
     greedy: bool
     filtered: bool
-    stop_ids: tuple[int, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +73,7 @@ class Engine:
         leaves = jax.tree.leaves(nnx.state(model))
         self.spec, self.mesh = model.spec, leaves[0].sharding.mesh
         with jax.set_mesh(self.mesh):
-            self._graphs, self._weights = _unstack(model, self.mesh)
+            self._graphs, self._weights = _unstack(model)
 
     def generate(
         self,
@@ -119,41 +118,41 @@ class Engine:
             *self._graphs,
             greedy=temperature == 0,
             filtered=top_k > 0 or top_p < 1,
-            stop_ids=tuple(sorted(set(stop_ids))),
         )
+        stops = sorted(set(stop_ids))
+        padded_stops = np.full(_bucket(len(stops), 8), -1, np.int32)
+        padded_stops[: len(stops)] = stops
         slots = _bucket(int(max(ends.max(), tokens.shape[1])), 32)
         with jax.set_mesh(self.mesh):
             put = functools.partial(_replicate, self.mesh)
             state = _prefill(self._weights, put(tokens), put(lengths), put(ends), slots, static)
-            return self._decode(state, choice, seed, static, len(prompts), on_token)
-
-    def _decode(
-        self,
-        state: _Rows,
-        choice: Choice,
-        seed: int,
-        static: _Static,
-        prompts: int,
-        on_token: OnToken | None,
-    ) -> list[Completion]:
-        found = [Completion([], [], False) for _ in range(prompts)]
-        stride = 1 if on_token else STRIDE
-        while True:
-            state, said = _decode(
-                self._weights, state, choice, np.uint32(seed), stride=stride, static=static
+            draw = functools.partial(
+                _decode,
+                choice=choice,
+                seed=np.uint32(seed),
+                stops=padded_stops,
+                stride=1 if on_token else STRIDE,
+                static=static,
             )
+            found = self._run(draw, state, len(prompts), on_token)
+        return [Completion(t, logps, t[-1] in set(stops)) for t, logps in found]
+
+    def _run(
+        self, draw: Callable[..., Any], state: _Rows, prompts: int, on_token: OnToken | None
+    ) -> list[tuple[list[int], list[float]]]:
+        """Draws until all rows are done: each prompt's tokens and log-probs."""
+        found: list[tuple[list[int], list[float]]] = [([], []) for _ in range(prompts)]
+        done = False
+        while not done:
+            state, said = draw(self._weights, state)
             tokens, logps, done = jax.device_get(said)
-            for step in range(stride):
-                for row in range(prompts):
-                    token = int(tokens[row, step])
-                    if token >= 0:
-                        found[row].tokens.append(token)
-                        found[row].logps.append(float(logps[row, step]))
-                        if on_token:
-                            on_token(row, token)
-            if done:
-                stops = set(static.stop_ids)
-                return [Completion(c.tokens, c.logps, c.tokens[-1] in stops) for c in found]
+            for step, row in np.ndindex(tokens.shape[1], prompts):
+                if (token := int(tokens[row, step])) >= 0:
+                    found[row][0].append(token)
+                    found[row][1].append(float(logps[row, step]))
+                    if on_token:
+                        on_token(row, token)
+        return found
 
 
 def generate(
@@ -173,38 +172,36 @@ def _replicate(mesh: jax.sharding.Mesh, x: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
 
 
-def _unstack(model: Transformer, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """((trunk's graph, one layer's graph), (trunk's state, a state a layer)).
-
-    Weights are cast to the compute dtype, which the forward pass does too; norms stay as they are.
-    """
-    dtype = model.compute.dtype
+def _unstack(model: Transformer) -> tuple[Any, Any]:
+    """((trunk's graph, one layer's graph), (trunk's state, a state a layer))."""
     layer_graph, stacked = nnx.split(model.layers)
     trunk = nnx.merge(*nnx.split(model))  # a copy, to take the layers out of
     del trunk.layers
     trunk_graph, trunk_state = nnx.split(trunk)
+    weights = _cut(trunk_state, stacked, layers=model.spec.layers, dtype=model.compute.dtype)
+    return (trunk_graph, layer_graph), weights
 
-    def layout(param: nnx.Variable, drop: int) -> Any:
-        axes = param.get_metadata("out_sharding")[drop:]
-        return named_sharding(mesh, axes, param.get_value().shape[drop:])
 
-    def cast(path: Any, x: jax.Array) -> jax.Array:
-        return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
+@functools.partial(jax.jit, static_argnames=("layers", "dtype"))
+def _cut(trunk: nnx.State, stacked: nnx.State, *, layers: int, dtype: Any) -> Any:
+    """Weights in the compute dtype, to which the forward pass casts too; norms stay as they are."""
 
-    def is_param(x: Any) -> bool:
-        return isinstance(x, nnx.Variable)
+    def one(path: Any, param: Any, layer: int | None) -> Any:
+        value, axes = param.get_value(), param.get_metadata("out_sharding")
+        if layer is not None:
+            value, axes = value[layer], axes[1:]
+        if "norm" not in jax.tree_util.keystr(path):
+            value = value.astype(dtype)
+        return param.replace(constrain(value, axes))
 
-    def place(state: nnx.State, drop: int) -> Any:
-        return jax.tree.map(lambda p: p.replace(layout(p, drop)), state, is_leaf=is_param)
+    def each(state: nnx.State, layer: int | None) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            functools.partial(one, layer=layer),
+            state,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
 
-    def split(trunk: nnx.State, layers: nnx.State) -> Any:
-        each = jax.tree.map(lambda x: [x[i] for i in range(n)], layers)
-        each = jax.tree.transpose(jax.tree.structure(layers), jax.tree.structure([0] * n), each)
-        return jax.tree_util.tree_map_with_path(cast, (trunk, tuple(each)))
-
-    n = model.spec.layers
-    places = (place(trunk_state, 0), (place(stacked, 1),) * n)
-    return (trunk_graph, layer_graph), jax.jit(split, out_shardings=places)(trunk_state, stacked)
+    return each(trunk, None), tuple(each(stacked, i) for i in range(layers))
 
 
 def _layers(
@@ -262,8 +259,9 @@ def _pin(cache: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("stride", "static"), donate_argnames="state")
 def _decode(
-    weights: Any, state: _Rows, choice: Choice, seed: jax.Array, *, stride: int, static: _Static
-) -> tuple[_Rows, tuple[jax.Array, jax.Array, jax.Array]]:
+    weights: Any, state: _Rows, *, choice: Choice, seed: jax.Array, stops: jax.Array, stride: int,
+    static: _Static,
+) -> tuple[_Rows, tuple[jax.Array, jax.Array, jax.Array]]:  # fmt: skip
     """At most `stride` tokens more for each row: (state, (tokens, logps, all done)).
 
     tokens, logps: [B, stride]; the token is -1 where the row was done.
@@ -280,7 +278,7 @@ def _decode(
         logp = jnp.take_along_axis(jax.nn.log_softmax(s.logits), token[:, None], 1)[:, 0]
         tokens = tokens.at[:, i].set(jnp.where(s.done, -1, token))
         logps = logps.at[:, i].set(jnp.where(s.done, 0.0, logp))
-        return i + 1, _advance(weights, s, token, static), (tokens, logps)
+        return i + 1, _advance(weights, s, token, stops, static), (tokens, logps)
 
     def unfinished(carry: Any) -> jax.Array:
         i, s, _ = carry
@@ -291,9 +289,8 @@ def _decode(
     return state, (tokens, logps, constrain(state.done.all(), ()))
 
 
-def _advance(weights: Any, s: _Rows, token: jax.Array, static: _Static) -> _Rows:
+def _advance(weights: Any, s: _Rows, token: jax.Array, stops: jax.Array, static: _Static) -> _Rows:
     """Puts a token into each row that is not done, and looks at what follows it."""
-    stops = jnp.array(static.stop_ids, jnp.int32)
     length = jnp.where(s.done, s.lengths, s.lengths + 1)
     done = s.done | jnp.isin(token, stops) | (length >= s.ends)
     at = jnp.minimum(s.lengths, s.caches[0][0].shape[1] - 1)  # done rows write where none looks

@@ -11,6 +11,8 @@ _OPS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|colle
 
 _CALLS = r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)"
 
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -19,16 +21,29 @@ class Collective:
     in_loop: bool
 
     def groups(self) -> list[list[int]]:
-        """Device groups, from `{{0,1},{2,3}}` or `[4,2]<=[2,4]T(1,0)`."""
+        """Device groups, from any of the three ways in which they are written."""
         if found := re.search(r"replica_groups=\{\{([\d,{}]*)\}\}", self.line):
-            return [[int(x) for x in g.split(",")] for g in found.group(1).split("},{")]
-        found = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", self.line)
+            return [_ints(group) for group in found.group(1).split("},{")]
+        if found := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", self.line):
+            return _iota(found.group(2), found.group(3)).reshape(_ints(found.group(1))).tolist()
+        device_ids = rf"(?:, device_ids=\({_IOTA}\))?"
+        found = re.search(rf"replica_groups=mesh\[([^\]]*)\]{device_ids} \{{([^}}]*)\}}", self.line)
         assert found, self.line
-        shape, dims = ([int(x) for x in found.group(i).split(",")] for i in (1, 2))
-        ids = np.arange(np.prod(dims)).reshape(dims)
-        if found.group(3):
-            ids = ids.transpose([int(x) for x in found.group(3).split(",")])
-        return ids.reshape(shape).tolist()
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+        sizes = [int(size) for size in axes.values()]
+        ids = _iota(found.group(2) or str(int(np.prod(sizes))), found.group(3)).reshape(sizes)
+        named = [list(axes).index(name) for name in re.findall(r"'(\w+)'", found.group(4))]
+        ids = np.moveaxis(ids, named, range(-len(named), 0))
+        return ids.reshape(-1, int(np.prod([sizes[i] for i in named]))).tolist()
+
+
+def _ints(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    ids = np.arange(np.prod(_ints(dims))).reshape(_ints(dims))
+    return ids.transpose(_ints(order)) if order else ids
 
 
 def collectives(text: str) -> list[Collective]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ import pytest
 from flax import nnx
 
 from posttrain.models.hf import Model, flat_params
+from posttrain.models.spec import RematName
+from posttrain.models.transformer import REMAT
 from tests.models.tiny import CONFIGS, mesh_of, open_tiny
 
 
@@ -94,6 +96,10 @@ def test_remat_changes_nothing_but_memory(
 ) -> None:
     model = open_tiny(tmp_path, "qwen3", mesh_of(1, 1, 1), remat=policy)
     assert_same(loss_and_grads(model, rows), on_one_device)
+
+
+def test_every_remat_name_of_the_config_is_a_policy() -> None:
+    assert set(get_args(RematName)) == set(REMAT)
 
 
 def test_full_remat_keeps_less(tmp_path: Path, rows: tuple[np.ndarray, ...]) -> None:

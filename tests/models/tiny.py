@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, **_SHARED},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 24, **_SHARED},
 }
-MESHES = [(1, 1, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8)]
+MESHES = [(1, 1, 1), (2, 4, 1), (1, 4, 2), (1, 1, 8)]
 
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
