@@ -98,14 +98,16 @@ class Checkpoints:
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, record: dict[str, Any] | None = None):
         from orbax.checkpoint import v1 as ocp
 
-        keep = ocp.training.preservation_policies
+        # typed Any: orbax's own policies do not fit its protocols' annotations
+        keep: Any = ocp.training.preservation_policies
+        always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         policies: list[Any] = [keep.LatestN(cfg.keep)]
         if cfg.keep_every:
             policies.append(keep.EveryNSteps(cfg.keep_every))
         self._every, self._record = cfg.every, record
         self._orbax = ocp.training.Checkpointer(
-            (run_dir / "checkpoints").absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            str((run_dir / "checkpoints").absolute()),
+            save_decision_policy=always,
             preservation_policy=keep.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
@@ -147,4 +149,6 @@ def restore_params(source: str, abstract_params: Any) -> Any:
     path = Path(folder).absolute() / "checkpoints" / str(step or steps[-1])
     loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
     with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
-        return ocp.load(path, {"params": abstract_params}, checkpointable_name="state")["params"]
+        return ocp.load(str(path), {"params": abstract_params}, checkpointable_name="state")[
+            "params"
+        ]

@@ -16,6 +16,8 @@ from typing import Any
 from posttrain.config import Config, runtime
 from posttrain.types import Mean
 
+Metrics = dict[str, Any]
+"""What a step reports, on device: name -> Mean or scalar."""
 SUPERSEDED = "metrics.superseded.jsonl"
 
 

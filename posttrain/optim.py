@@ -114,7 +114,9 @@ def _adamw(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
 
 def _adafactor(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
     """Shazeer & Stern 2018. optax adds weight decay after the learning rate: scaled here."""
-    steps = [optax.adafactor(learning_rate=None, min_dim_size_to_factor=128)]
+    steps: list[optax.GradientTransformation] = [
+        optax.adafactor(learning_rate=None, min_dim_size_to_factor=128)
+    ]
     # optax.adafactor ends with a sign flip: decay is subtracted with it, then both are scaled
     steps.append(optax.add_decayed_weights(-cfg.weight_decay, _decay_mask(cfg)))
     steps.append(optax.scale_by_schedule(rate))

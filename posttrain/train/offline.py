@@ -27,7 +27,7 @@ def to_mesh(batch: Batch, mesh: jax.sharding.Mesh, rows: list[int], total_rows: 
     place = {row: i for i, row in enumerate(rows)}
 
     def put(local: np.ndarray) -> jax.Array:
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+        def block(index: Any) -> np.ndarray:
             wanted = range(total_rows)[index[1]]
             first = place[wanted[0]]
             return local[:, first : first + len(wanted)]

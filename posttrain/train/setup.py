@@ -48,13 +48,13 @@ class Model:
 
 def use_compile_cache() -> None:
     """Compiled programs are kept between starts, where the user named no folder for them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(folder / "posttrain" / "compiled"))
 
 
 def open_model(cfg: Any, mesh: jax.sharding.Mesh) -> Model:
-    """Weights straight onto the mesh; added tokens get rows. Reads cfg.model and cfg.chat."""
+    """Weights straight onto the mesh; added tokens get rows. Reads cfg.model, cfg.chat, cfg.data."""
     folder = hf.local_folder(cfg.model.path)
     tokenizer = Tokenizer.load(folder)
     size = tokenizer.size
@@ -64,6 +64,12 @@ def open_model(cfg: Any, mesh: jax.sharding.Mesh) -> Model:
     loaded = hf.open_model(
         cfg.model, mesh, tokenizer_size=tokenizer.size, new_ids=range(size, tokenizer.size)
     )
+    if cfg.data.seq_len > loaded.spec.max_positions:
+        raise ConfigError(
+            f"data.seq_len is {cfg.data.seq_len}, and the model's context is "
+            f"{loaded.spec.max_positions} (max_position_embeddings of {folder}/config.json): lower "
+            "data.seq_len; data.too_long says what becomes of longer examples"
+        )
     params = nnx.to_pure_dict(loaded.state)
     return Model(folder, loaded.spec, loaded.graph, params, tokenizer, chat)
 

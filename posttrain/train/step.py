@@ -18,13 +18,11 @@ from flax import nnx
 
 from posttrain import sharding
 from posttrain.losses.nll import nll_by_source
+from posttrain.metrics import Metrics
 from posttrain.models.head import token_outputs
 from posttrain.optim import Schedule
 from posttrain.train.state import TrainState
 from posttrain.types import Batch, Mean
-
-Metrics = dict[str, Any]
-"""name -> Mean or scalar array, on device."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ def train_step_fn(
         norm = optax.tree.norm(grads)
         if clip_norm is not None:
             # torch's clip_grad_norm_ and optax agree but for its 1e-6 in the denominator
-            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / norm), grads)
+            scale = jnp.minimum(1.0, clip_norm / norm)
+            grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}

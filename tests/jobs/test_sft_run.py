@@ -105,3 +105,8 @@ def test_mixtures_report_each_source_under_its_name(
         parts = [line[k] for k in ("loss/gsm8k", "loss/other") if k in line]
         assert min(parts) - 1e-6 <= line["loss"] <= max(parts) + 1e-6
     assert any("loss/other" in line for line in run.metrics)
+
+
+def test_rows_longer_than_the_models_context_are_refused(run_sft: Runner) -> None:
+    with pytest.raises(ConfigError, match=r"seq_len is 4096, and the model's context is 2048"):
+        run_sft("train.steps=1", "data.seq_len=4096", devices=1)

@@ -1,0 +1,47 @@
+"""FLOPs of a step against a count of every matmul, one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from posttrain.models.spec import Rope, Spec
+from posttrain.train.throughput import StepSize, train_flops
+
+SPEC = Spec(
+    family="llama", vocab_size=50, vocab_rows=64, embed=12, layers=3, heads=4, kv_heads=2,
+    head_dim=5, mlp=17, max_positions=99, rms_eps=1e-5, rope=Rope(), tied=False, config_json="{}",
+)  # fmt: skip
+
+
+def forward_flops(segments: list[int], trained: int) -> int:
+    """2 FLOPs per multiply-add, matmul by matmul, query by query."""
+    total = 0
+    for n in segments:
+        for position in range(n):
+            for _ in range(SPEC.layers):
+                total += 2 * 12 * 4 * 5  # q
+                total += 2 * 2 * 12 * 2 * 5  # k, v
+                total += 2 * 4 * 5 * 12  # o
+                total += 3 * 2 * 12 * 17  # gate, up, down
+                total += (position + 1) * 4 * (2 * 5 + 2 * 5)  # scores, then values
+    return total + trained * 2 * 12 * 50
+
+
+def test_train_flops_count_three_times_the_forward_matmuls() -> None:
+    segments, trained = [7, 1, 20], 11
+    size = StepSize(
+        examples=3,
+        tokens=sum(segments),
+        trained=trained,
+        positions=64,
+        pairs=sum(n * (n + 1) // 2 for n in segments),
+    )
+    assert train_flops(SPEC, size) == 3 * forward_flops(segments, trained)
+
+
+def test_pitfall_33_padding_and_untrained_positions_count_nothing() -> None:
+    size = StepSize(examples=1, tokens=10, trained=4, positions=16, pairs=55)
+    wider = dataclasses.replace(size, positions=1024)
+    assert train_flops(SPEC, wider) == train_flops(SPEC, size)
+    less = dataclasses.replace(size, trained=3)
+    assert train_flops(SPEC, size) - train_flops(SPEC, less) == 6 * 12 * 50
