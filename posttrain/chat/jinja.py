@@ -92,11 +92,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         for name in ("dict", "lipsum", "cycler", "joiner"):
             self.globals.pop(name, None)
 
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """No `.format`: a format string reaches attributes that the sandbox does not see."""
-        if isinstance(obj, str) and attr in ("format", "format_map"):
-            return False
-        return super().is_safe_attribute(obj, attr, value)
+    def wrap_str_format(self, value: Any) -> None:
+        """No `.format`, not even Jinja's guarded one: its text could not be followed."""
+        if super().wrap_str_format(value) is not None:
+            raise jinja2.exceptions.SecurityError("a chat template may not call str.format")
 
     def mark_generation(self, caller: Any) -> str:
         """What a `{% generation %}` block gives; the traced environment notes where it is."""

@@ -127,6 +127,7 @@ class SpanFinder:
         stop_at, stop = self._stop(after, tail)
         end = stop_at + len(stop)
         self._refuse_others(index, start, end)
+        self._refuse_early_stop(index, start, after)
         return Span(index, start, end, tail, self._thinking_end(index, start, end), how, stop)
 
     def _own(self, index: int) -> list[Piece]:
@@ -224,6 +225,15 @@ class SpanFinder:
                 break
             if not self._opens(piece.start, start) or piece.end > end:
                 raise SpanError(f"text of message {index} stands outside its turn")
+
+    def _refuse_early_stop(self, index: int, start: int, after: int) -> None:
+        """Generation would end in the middle of a turn that holds a stop token of the template."""
+        for piece in self.pieces:
+            if piece.tag.kind == LITERAL and start <= piece.start and piece.end <= after:
+                text = self.text[piece.start : piece.end]
+                for stop in self.stops:
+                    if stop and stop in text:
+                        raise SpanError(f"{stop!r} stands in the middle of message {index}")
 
     def _writes(self, owner: int) -> bool:
         return owner != NOBODY and self.roles[owner] == "assistant"

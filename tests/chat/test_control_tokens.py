@@ -120,7 +120,17 @@ def test_white_space_that_a_token_swallows(data_dir):
     assert whole.offsets[0] == (0, 8)  # the spaces belong to nobody's token
     typed = tokenizer.encode(text, trusted=[(0, 9), (text.rindex("<"), len(text))])
     assert typed.ids.count(32007) == 1
+    assert typed.ids[:2] == whole.ids[:2]  # nothing between <|user|> and "hi"
     assert tokenizer.decode(typed.ids).count("<|end|>  \n<|end|>") == 1
+
+
+def test_a_refused_token_does_not_hide_the_one_inside_it(data_dir):
+    """Typed text and a template's token after it may spell a longer token."""
+    tokenizer = byte_tokenizer(data_dir, ("<a>", "<a><b>", "<b>"))
+    got = tokenizer.encode("x<a><b>", trusted=[(4, 7)])
+    assert got.ids[-1] == tokenizer.token_id("<b>")
+    assert tokenizer.decode(got.ids) == "x<a><b>"
+    assert tokenizer.token_id("<a>") not in got.ids
 
 
 def test_a_vocabulary_that_gives_control_ids_for_plain_text_is_refused():

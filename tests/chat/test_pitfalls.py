@@ -128,6 +128,46 @@ def test_tool_text_is_not_trained(sources, data_dir):
             assert "21}" not in "".join(trained(example, template.tokenizer))
 
 
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n%s<|im_end|>\n{% endfor %}"
+TURN += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+BEFORE = "{% if loop.index0 %}{{ messages[loop.index0 - 1].content }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("Re: " + BEFORE + " {{ m.content }}", r"message 0 \(user\) stands inside the turn"),
+        ("{% generation %}" + BEFORE + "{{ m.content }}{% endgeneration %}", "message 0"),
+        ("{{ m.content }} re " + BEFORE, "no stop token"),
+        ("{{ m.content }}{% if loop.first %}{{ messages[1].content }}{% endif %}", "matches"),
+        ("{{ m.content }}<|im_end|> again {{ m.content }}", "in the middle of message 1"),
+    ],
+)
+def test_text_of_another_in_a_turn_is_refused(body, reason, data_dir):
+    """And the assistant's own text outside its turn."""
+    with pytest.raises(ChatError, match=reason):
+        template_of(data_dir, TURN.replace("%s", body)).examples(PLAIN)
+
+
+def test_a_turn_ends_with_its_first_stop(data_dir):
+    twice = template_of(data_dir, TURN.replace("%s", "{{ m.content }}<|im_end|> "))
+    (example,) = twice.examples(PLAIN)
+    assert trained(example, twice.tokenizer) == ["Hello & co<|im_end|>"]
+
+
+def test_the_first_token_has_no_weight(data_dir):
+    """Nothing comes before it that it could be predicted from."""
+    template = template_of(data_dir, "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    (example,) = template.examples(Conversation((say("assistant", "Hello there"),)))
+    assert example.loss_weights[0] == 0
+    assert example.loss_weights[1:].all()
+
+
+def test_generation_prompts_drop_nothing_either(chatml):
+    with pytest.raises(ChatError, match="drops the tools"):
+        chatml.generation_prompt([say("user", "Hi")], tools=TOOLS.tools)
+
+
 def test_typed_control_tokens_are_text(chatml):
     """A text smuggles no control token (see test_control_tokens for every way to try)."""
     talk = Conversation((say("user", "a<|im_end|>b"), say("assistant", "c")))

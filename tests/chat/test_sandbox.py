@@ -47,6 +47,11 @@ def test_denied(attack):
         renderer(attack).render(PLAIN)
 
 
+def test_format_is_denied_for_what_it_is():
+    with pytest.raises(ChatError, match=r"may not call str\.format"):
+        renderer("{{ '{}'.format(1) }}").render(PLAIN)
+
+
 def test_a_syntax_error_names_its_line():
     with pytest.raises(ValueError, match="chat template, line 2"):
         renderer("{% for m in messages %}\n{% endif %}")
@@ -124,6 +129,14 @@ def test_a_filter_that_loses_the_source_is_refused_not_trusted():
     )
     assert [lost.field for lost in part.lost] == ["content", "content"]
     assert part.sources() == ([], [])
+
+
+def test_a_trace_that_is_not_the_text_is_refused():
+    bent = renderer("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    bent._traced.filters["upper"] = str.lower
+    with pytest.raises(ChatError, match="its text changed") as error:
+        bent.render(PLAIN)
+    assert error.value.text == "HI <B>THEREHELLO & CO"
 
 
 def test_shapes():

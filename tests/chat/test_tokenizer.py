@@ -65,6 +65,15 @@ def test_padding_and_truncation_in_the_file_are_switched_off(load, data_dir, tmp
     assert Tokenizer.load(tmp_path).encode(text).ids == load("minimind").encode(text).ids
 
 
+def test_offsets_are_not_trimmed(data_dir, tmp_path):
+    """A post-processor may take the space off a token's place: the space would be nobody's."""
+    file = data_dir / "data/tokenizers/gpt2/tokenizer.json"
+    description = json.loads(file.read_text("utf-8"))
+    description["post_processor"]["trim_offsets"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description), "utf-8")
+    assert list(Tokenizer.load(tmp_path).encode("a b").offsets) == [(0, 1), (1, 3)]
+
+
 def test_stop_ids_come_from_every_config(data_dir, tmp_path):
     file = data_dir / "data/tokenizers/minimind/tokenizer.json"
     (tmp_path / "tokenizer.json").write_bytes(file.read_bytes())
