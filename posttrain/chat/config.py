@@ -13,8 +13,8 @@ class ChatConfig(Config):
     template: str | None = semantic(
         None, help="chat template: none = the model's own, a file, or a name (chatml, llama3)"
     )
-    train_on: Literal["all", "last", "weight"] = semantic(
-        "all", help="assistant turns trained: all, the last, or each by its `weight` (default 1)"
+    train_on: Literal["all", "last"] = semantic(
+        "all", help="assistant turns trained, each times its message's `weight` (1 if it has none)"
     )
     train_thinking: bool = semantic(True, help="train the thinking at the head of a turn")
     train_tail: bool = semantic(

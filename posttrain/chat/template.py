@@ -196,8 +196,6 @@ class ChatTemplate:
         turns = [i for i, m in enumerate(conversation.messages) if m.get("role") == "assistant"]
         if self.cfg.train_on == "last":
             turns = turns[-1:]
-        if self.cfg.train_on != "weight":
-            return dict.fromkeys(turns, 1.0)
         weights = {i: float(conversation.messages[i].get("weight", 1.0)) for i in turns}
         return {i: weight for i, weight in weights.items() if weight > 0}
 

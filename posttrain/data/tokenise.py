@@ -12,7 +12,7 @@ from posttrain.data.config import SourceConfig, TooLong
 from posttrain.data.fit import fit, trained
 from posttrain.data.formats import get_format
 from posttrain.data.report import SourceReport
-from posttrain.data.rows import Defect, Problem, RowError
+from posttrain.data.rows import Defect, RowError
 from posttrain.data.sources import Block
 from posttrain.types import Conversation, Example, Sample
 
@@ -130,19 +130,8 @@ class Job:
         return made
 
     def _convert(self, task: Task, value: Any) -> Sample:
-        """The row as a sample. RowError also for weights that the template will not look at."""
         assert task.format is not None, "a block with a readable row has a format"
-        sample = get_format(task.format).convert(value, self.sources[task.source_id])
-        train_on = self.chat.cfg.train_on if self.chat is not None else "weight"
-        if train_on == "weight" or not isinstance(sample, Conversation):
-            return sample
-        answers = [m for m in sample.messages if m["role"] == "assistant"]
-        for message in answers[-1:] if train_on == "last" else answers:
-            if message.get("weight", 1.0) != 1.0:
-                found = f"weight {message['weight']}, which chat.train_on: {train_on} does not read"
-                fix = "set chat.train_on: weight, or name weight in the source's ignore_keys"
-                raise RowError([Problem("weight", found, fix)])
-        return sample
+        return get_format(task.format).convert(value, self.sources[task.source_id])
 
     def _over(self, file: str, line: int, example: Example) -> Defect:
         fix = "raise data.seq_len, or let data.too_long shorten, split or drop it"

@@ -54,7 +54,7 @@ def use_compile_cache() -> None:
 
 
 def open_model(cfg: Any, mesh: jax.sharding.Mesh) -> Model:
-    """Weights straight onto the mesh; added tokens get rows. Reads cfg.model, cfg.chat, cfg.data."""
+    """Weights straight onto the mesh. Reads the sections model, chat and data of cfg."""
     folder = hf.local_folder(cfg.model.path)
     tokenizer = Tokenizer.load(folder)
     size = tokenizer.size
@@ -126,6 +126,8 @@ def run_sft(cfg: Any, devices: Sequence[Any] | None = None) -> int:
     use_compile_cache()
     mesh = sharding.make_mesh(cfg.mesh, devices)
     with jax.set_mesh(mesh):
+        if cfg.checkpoint.init_from:  # asked before anything slow is done
+            checkpoint.find_checkpoint(cfg.checkpoint.init_from)
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         parts = Parts(cfg, mesh, open_model(cfg, mesh))
         cache = parts.prepare(cfg.data)
@@ -205,7 +207,6 @@ def _say(
         f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {shape}",
         plan.describe(),
         f"vocabulary head: at most {plan.head_budget():,} trained tokens in a shard's rows",
-        *(f"template: {warning}" for warning in model.chat.check()),
         f"{'continuing at' if start else 'starting at'} step {start}, "
         f"{time.monotonic() - began:.1f} s after the start",
     ):

@@ -40,7 +40,7 @@ def texts(template, conversation):
 def test_train_on(data_dir):
     last = template_of(data_dir, CHATML, train_on="last")
     assert texts(last, SYSTEM) == [["Answer C<|im_end|>"]]
-    weighted = template_of(data_dir, CHATML, train_on="weight")
+    weighted = template_of(data_dir, CHATML, train_on="all")
     messages = [dict(m) for m in SYSTEM.messages]
     messages[2]["weight"], messages[4]["weight"] = 0, 0.5
     (example,) = weighted.examples(Conversation(tuple(messages)))

@@ -24,7 +24,7 @@ class FakeChat:
 
     name: str = "fake"
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
-    cfg: ChatConfig = field(default_factory=lambda: ChatConfig(train_on="weight"))
+    cfg: ChatConfig = field(default_factory=ChatConfig)
 
     def examples(self, conversation: Conversation) -> list[Example]:
         tokens, weights = [BOS], [0.0]

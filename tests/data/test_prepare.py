@@ -1,4 +1,4 @@
-"""prepare: what is in the cache is what the template makes of the rows, whoever does the work."""
+"""What prepare makes of sources (tokenise.py does the work, block by block): examples, report, key."""
 
 from __future__ import annotations
 
@@ -141,21 +141,6 @@ def test_skipped_rows_are_counted_and_said(tmp_path):
 def test_a_source_of_which_nothing_is_left_is_an_error(tmp_path, rows, match):
     with pytest.raises(ValueError, match=match):
         prepare(config(tmp_path, rows, on_bad_row="skip"), FakeChat(), quiet=True)
-
-
-def test_a_weight_that_is_not_read_is_an_error(tmp_path):
-    messages = [
-        {"role": "user", "content": "u"},
-        {"role": "assistant", "content": "v", "weight": 0},
-        {"role": "user", "content": "u"},
-        {"role": "assistant", "content": "w"},
-    ]
-    parts = {"one": {"path": write(tmp_path / "a.jsonl", [{"messages": messages}])}}
-    cfg = config(tmp_path, sources=parts)
-    with pytest.raises(BadRows, match=r"weight 0.0, which chat.train_on: all does not read"):
-        prepare(cfg, FakeChat(cfg=ChatConfig(train_on="all")), quiet=True)
-    assert len(prepare(cfg, FakeChat(cfg=ChatConfig(train_on="last")), quiet=True)) == 1
-    assert prepare(cfg, FakeChat("weights"), quiet=True).trained.tolist() == [2]
 
 
 # ---- the key

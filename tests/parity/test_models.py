@@ -78,9 +78,7 @@ def torch_logits(model: Any, tokens: np.ndarray) -> Any:
 
 
 @pytest.fixture(scope="module", params=list(SHAPES))
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     import torch
     import transformers
 
