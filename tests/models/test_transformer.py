@@ -90,11 +90,10 @@ def test_every_mesh_gives_the_same_weights_loss_and_gradients(
     assert layout == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
 
 
-@pytest.mark.parametrize("policy", ["full", "dots"])
 def test_remat_changes_nothing_but_memory(
-    tmp_path: Path, rows: tuple[np.ndarray, ...], on_one_device: Any, policy: str
+    tmp_path: Path, rows: tuple[np.ndarray, ...], on_one_device: Any
 ) -> None:
-    model = open_tiny(tmp_path, "qwen3", mesh_of(1, 1, 1), remat=policy)
+    model = open_tiny(tmp_path, "qwen3", mesh_of(1, 1, 1), remat="dots")
     assert_same(loss_and_grads(model, rows), on_one_device)
 
 
@@ -145,7 +144,8 @@ def test_bfloat16_compute_keeps_float32_weights_and_gradients(
     tmp_path: Path, rows: tuple[np.ndarray, ...], on_one_device: Any
 ) -> None:
     model = open_tiny(tmp_path, "qwen3", mesh_of(1, 1, 1), dtype="bfloat16")
-    assert hidden(model, *rows).dtype == jnp.bfloat16
+    network = nnx.merge(model.graph, model.state)
+    assert jax.eval_shape(network.hidden, *rows).dtype == jnp.bfloat16
     value, grads = loss_and_grads(model, rows)
     assert all(g.dtype == np.float32 for g in grads.values())
     assert float(value) == pytest.approx(float(on_one_device[0]), rel=2e-2)
@@ -154,13 +154,13 @@ def test_bfloat16_compute_keeps_float32_weights_and_gradients(
 
 
 def test_gradient_of_the_embedding_adds_up_in_float32(tmp_path: Path) -> None:
-    """A token that occurs 4,096 times: the sum of its small gradients in bfloat16 would stall."""
+    """A token that occurs 4,104 times, which no bfloat16 can say."""
     model = open_tiny(tmp_path, "llama", mesh_of(1, 1, 1), dtype="bfloat16")
-    tokens = jnp.zeros((8, 512), jnp.int32)
+    tokens = jnp.zeros((8, 513), jnp.int32)
 
     def total(state: Any) -> jax.Array:
         return nnx.merge(model.graph, state).embed(tokens).astype(jnp.float32).sum()
 
     grads = dict(flat_params(jax.grad(total)(model.state)))
-    assert (np.asarray(grads["embedding"][0]) == 4096).all()
+    assert (np.asarray(grads["embedding"][0]) == 4104).all()
     assert not np.asarray(grads["embedding"][1:]).any()
