@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from posttrain.config import Config, runtime, semantic
-from posttrain.data.config import SourceConfig
+from posttrain.data.config import Sources
 
 
 class TrainConfig(Config):
@@ -25,7 +25,7 @@ class TrainConfig(Config):
 class EvalConfig(Config):
     """Held-out sets, each measured under its own name. Nothing of it changes the training."""
 
-    sets: dict[str, SourceConfig] = runtime({}, help="name -> source, as in data.sources")
+    sets: Sources = runtime({}, help="name -> source, as in data.sources")
     every: int | None = runtime(None, gt=0, help="steps between evaluations; none = at the end")
     samples: int = runtime(2, ge=0, help="answers generated per set and evaluation, written down")
     max_new_tokens: int = runtime(128, gt=0, help="longest generated answer")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,28 @@ from posttrain.train.throughput import PEAK_TFLOPS, StepSize, train_flops
 
 PREEMPTED = 75
 """Exit code of a run that was told to stop and saved: start it again and it goes on."""
+
+
+@contextmanager
+def stops_at_once() -> Iterator[None]:
+    """SIGTERM inside, where nothing waits to be saved, is SystemExit(PREEMPTED) and no more.
+
+    For the time before the first step and after the last: in between, Preemption takes over. With
+    several processes jax's notifier holds the signal as soon as they have met.
+    """
+
+    def leave(*_: object) -> None:
+        print("told to stop: nothing is lost, start again", file=sys.stderr, flush=True)
+        raise SystemExit(PREEMPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class Preemption:
@@ -102,9 +126,10 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
     reporter = _Reporter(run, progress)
     pending: deque[_Step] = deque()
     stopped = False
+    trace = _Trace(run)
     try:
         for step in range(start + 1, run.total_steps + 1):
-            _trace(run, step, before=True)
+            trace.before(step)
             waited = run.source.waited
             batch = run.source.next()
             state, device_metrics = run.train_step(state, batch)
@@ -112,7 +137,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
             pending.append(_Step(step, device_metrics, run.size(step - 1), waited))
             if len(pending) > 1:
                 reporter.report(pending.popleft())
-            _trace(run, step, before=False, wait_for=device_metrics)
+            trace.after(step, device_metrics)
             stopped = preemption.reached(step)
             last = step == run.total_steps
             evaluates = run.evaluate is not None and (
@@ -132,6 +157,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
                 progress.say(f"told to stop: saved step {step}")
                 break
     finally:
+        trace.close()
         preemption.close()
         progress.close()
     return state, stopped and int(state.step) < run.total_steps
@@ -191,10 +217,12 @@ class _Reporter:
         )
         for name in ("loss", "grad_norm"):
             if not math.isfinite(flat.get(name, math.nan)):
+                last = run.checkpoints.latest()
+                saved = "there is no checkpoint" if last is None else f"checkpoint {last} stands"
                 raise FloatingPointError(
                     f"step {step.number}: {name} is {flat.get(name)}; nothing of it was saved, "
-                    f"the last checkpoint is step {run.checkpoints.latest()}. Lower optim.lr, or "
-                    "look at the step's examples with `posttrain data preview`"
+                    f"{saved}. Lower optim.lr, or look at the step's examples with `posttrain "
+                    f"data preview CONFIG.yaml preview.step={step.number - 1}`"
                 )
 
     def _memory(self) -> dict[str, float]:
@@ -216,15 +244,28 @@ class _Pause:
         self._reporter.skip(time.monotonic() - self._began)
 
 
-def _trace(run: Run, step: int, *, before: bool, wait_for: Any = None) -> None:
-    if run.log.trace_steps is None:
-        return
-    first, last = run.log.trace_steps
-    if before and step == first:
-        jax.profiler.start_trace(str(run.folder / "trace"), create_perfetto_trace=True)
-    elif not before and step == min(last, run.total_steps):
-        jax.block_until_ready(wait_for)
-        jax.profiler.stop_trace()
+class _Trace:
+    """The profiler, on for those of log.trace_steps that this start of the run makes."""
+
+    def __init__(self, run: Run):
+        self._folder, self._steps = run.folder / "trace", run.log.trace_steps
+        self._on = self._made = False
+
+    def before(self, step: int) -> None:
+        if self._steps and not self._made and self._steps[0] <= step <= self._steps[1]:
+            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            self._on = self._made = True
+
+    def after(self, step: int, wait_for: Any) -> None:
+        if self._steps and step == self._steps[1]:
+            jax.block_until_ready(wait_for)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced, also of a run that ends before the last of its steps."""
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
 
 
 def _evaluation_line(step: int, metrics: dict[str, float]) -> str:

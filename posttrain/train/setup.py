@@ -54,7 +54,7 @@ def use_compile_cache() -> None:
 
 
 def open_model(cfg: Any, mesh: jax.sharding.Mesh) -> Model:
-    """Weights straight onto the mesh. Reads the sections model, chat and data of cfg."""
+    """Weights straight onto the mesh. Reads the sections model and chat of cfg."""
     folder = hf.local_folder(cfg.model.path)
     tokenizer = Tokenizer.load(folder)
     size = tokenizer.size
@@ -64,12 +64,6 @@ def open_model(cfg: Any, mesh: jax.sharding.Mesh) -> Model:
     loaded = hf.open_model(
         cfg.model, mesh, tokenizer_size=tokenizer.size, new_ids=range(size, tokenizer.size)
     )
-    if cfg.data.seq_len > loaded.spec.max_positions:
-        raise ConfigError(
-            f"data.seq_len is {cfg.data.seq_len}, and the model's context is "
-            f"{loaded.spec.max_positions} (max_position_embeddings of {folder}/config.json): lower "
-            "data.seq_len; data.too_long says what becomes of longer examples"
-        )
     params = nnx.to_pure_dict(loaded.state)
     return Model(folder, loaded.spec, loaded.graph, params, tokenizer, chat)
 
@@ -109,18 +103,23 @@ class Parts:
         sets = []
         for name, source in self.cfg.eval.sets.items():
             data = self.cfg.data.model_copy(update={"sources": {name: source}})
-            cache = self.prepare(data)
+            cache = self.prepare(data, "eval.sets")
             batch = self.cfg.batch.model_copy(update={"order": "sequential"})
             plan = self.plan(cache, data, batch, epochs=1)
             sets.append(HeldOut(name, cache, plan, eval_step_fn(self.forward(plan, 1))))
         return sets
 
-    def prepare(self, data: DataConfig) -> Cache:
-        return prepare(data, self.model.chat, is_primary=is_primary())
+    def prepare(self, data: DataConfig, section: str) -> Cache:
+        return prepare(data, self.model.chat, is_primary=is_primary(), section=section)
 
 
 def run_sft(cfg: Any, devices: Sequence[Any] | None = None) -> int:
     """The whole job of posttrain.jobs.sft, on all devices or those given; its exit code."""
+    with loop.stops_at_once():
+        return _run_sft(cfg, devices)
+
+
+def _run_sft(cfg: Any, devices: Sequence[Any] | None) -> int:
     began = time.monotonic()
     sharding.init_distributed(cfg.distributed)
     use_compile_cache()
@@ -130,11 +129,21 @@ def run_sft(cfg: Any, devices: Sequence[Any] | None = None) -> int:
             checkpoint.find_checkpoint(cfg.checkpoint.init_from)
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         parts = Parts(cfg, mesh, open_model(cfg, mesh))
-        cache = parts.prepare(cfg.data)
+        _refuse_long_rows(cfg.data.seq_len, parts.model)
+        cache = parts.prepare(cfg.data, "data.sources")
         steps, epochs = cfg.train.steps, cfg.train.epochs or 1
         length = {"steps": steps} if steps else {"epochs": epochs}
         plan = parts.plan(cache, cfg.data, cfg.batch, **length)
         return _train(parts, cache, plan, resuming, began)
+
+
+def _refuse_long_rows(seq_len: int, model: Model) -> None:
+    if seq_len > model.spec.max_positions:
+        raise ConfigError(
+            f"data.seq_len is {seq_len}, and the model's context is {model.spec.max_positions} "
+            f"(max_position_embeddings of {model.folder}/config.json): lower data.seq_len; "
+            "data.too_long says what becomes of longer examples"
+        )
 
 
 def _train(parts: Parts, cache: Cache, plan: Plan, resuming: bool, began: float) -> int:
@@ -207,6 +216,7 @@ def _say(
         f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {shape}",
         plan.describe(),
         f"vocabulary head: at most {plan.head_budget():,} trained tokens in a shard's rows",
+        *(f"learning rate: {warning}" for warning in optim.warnings(cfg.optim, plan.steps)),
         f"{'continuing at' if start else 'starting at'} step {start}, "
         f"{time.monotonic() - began:.1f} s after the start",
     ):

@@ -1,4 +1,4 @@
-"""What prepare makes of sources (tokenise.py does the work, block by block): examples, report, key."""
+"""What prepare makes of sources (tokenise.py works block by block): examples, report, key."""
 
 from __future__ import annotations
 
