@@ -46,6 +46,8 @@ def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
     Raises ConfigError if another semantic config lives there (naming the keys that differ), if
     resume is "must" and there is no checkpoint, or "never" and there is one.
     """
+    if not_folder := next((p for p in (run_dir, *run_dir.parents) if p.is_file()), None):
+        raise ConfigError(f"run_dir {run_dir}: {not_folder} is a file: choose another folder")
     steps = saved_steps(run_dir)
     if resume == "must" and not steps:
         raise ConfigError(f"checkpoint.resume=must, and {run_dir} holds no checkpoint")
@@ -58,7 +60,10 @@ def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
     if marker.exists():
         _refuse_another_config(run_dir, json.loads(marker.read_text()), cfg, bool(steps))
     if is_primary():
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except PermissionError as error:
+            raise ConfigError(f"run_dir {run_dir}: may not be made here: choose another") from error
         (run_dir / "resolved.yaml").write_text(config.resolved_yaml(cfg), encoding="utf-8")
         temporary = run_dir / "semantic.json.tmp"
         temporary.write_text(json.dumps(config.semantic_dict(cfg), indent=1))
@@ -128,27 +133,48 @@ class Checkpoints:
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Any:
         """The state of a step (the latest), laid out as abstract_state says, on any mesh."""
-        return self._orbax.load(step, abstract_state)
+        step = self.latest() if step is None else step
+        try:
+            return self._orbax.load(step, abstract_state)
+        except Exception as error:  # orbax and tensorstore each have their own for a missing file
+            raise ValueError(
+                f"{self._orbax.directory}/{step}: the checkpoint cannot be read "
+                f"({type(error).__name__}: {str(error).strip().splitlines()[0][:300]}). If it is "
+                "damaged, delete its folder: the run goes on from the one before"
+            ) from error
 
     def close(self) -> None:
         """Waits for what is being written."""
         self._orbax.close()
 
 
-def restore_params(source: str, abstract_params: Any) -> Any:
-    """The parameters alone of a run's checkpoint; source is its folder or <folder>@<step>.
+def find_checkpoint(source: str) -> Path:
+    """The folder of one checkpoint; source is a run's folder (its latest) or <folder>@<step>.
 
-    Raises ValueError if there is no such checkpoint.
+    Raises ConfigError if there is none, with the steps that there are.
     """
+    folder, step = Path(source).expanduser(), None
+    if not folder.is_dir() and "@" in source:
+        before, _, step = source.rpartition("@")
+        folder = Path(before).expanduser()
+    steps = saved_steps(folder)
+    if not steps or step not in (None, *map(str, steps)):
+        have = f"the run has steps {steps}" if steps else f"{folder} is no run with checkpoints"
+        raise ConfigError(
+            f"{source!r}: no such checkpoint; {have}. Name a run's folder, or <folder>@<step> (a "
+            "Hugging Face folder goes into model.path)"
+        )
+    return folder.absolute() / "checkpoints" / (step or str(steps[-1]))
+
+
+def restore_params(source: str, abstract_params: Any) -> Any:
+    """The parameters alone of a checkpoint; source as find_checkpoint takes it."""
     from orbax.checkpoint import v1 as ocp
 
-    folder, _, step = source.partition("@")
-    steps = saved_steps(Path(folder))
-    if not steps or (step and int(step) not in steps):
-        raise ValueError(f"init_from {source!r}: no such checkpoint; the run has steps {steps}")
-    path = Path(folder).absolute() / "checkpoints" / str(step or steps[-1])
-    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+    path = find_checkpoint(source)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
         return ocp.load(str(path), {"params": abstract_params}, checkpointable_name="state")[
             "params"
         ]

@@ -149,7 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"posttrain: {error}\n(posttrain --help lists what there is)", file=sys.stderr)
         return USAGE_ERROR
-    except ValueError as error:
+    except BrokenPipeError:
+        # the reader of our output has gone (`| head`): nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except (ValueError, OSError, FloatingPointError) as error:  # data, a full disk, a loss of nan
         from posttrain.config import ConfigError
 
         if "--debug" in arguments:
@@ -161,10 +165,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # the reader of our output has gone (`| head`): nothing more can be said to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def where(path: KeyPath, layer: Layer) -> str:
     known = [
         layer.origins[path[:n]].where for n in range(len(path), 0, -1) if path[:n] in layer.origins
     ]
+    # a section that only `section.key=value` named was written nowhere, but its keys were
+    known += [origin.where for at, origin in layer.origins.items() if at[: len(path)] == path]
     return known[0] if known else ""
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from posttrain.config import Config, runtime
+from posttrain.config import Config, ConfigError, runtime
 from posttrain.types import Batch, Mean, TokenOutputs
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -61,7 +61,7 @@ class DistributedConfig(Config):
 def init_distributed(cfg: DistributedConfig) -> None:
     """Joins the run's processes; call it before any device is used.
 
-    Raises ValueError if host:port comes without processes and process_id.
+    Raises ConfigError if host:port comes without processes and process_id.
     """
     if not cfg.coordinator or jax.distributed.is_initialized():
         return
@@ -69,7 +69,7 @@ def init_distributed(cfg: DistributedConfig) -> None:
         jax.distributed.initialize()
         return
     if cfg.processes is None or cfg.process_id is None:
-        raise ValueError(
+        raise ConfigError(
             f"distributed.coordinator is {cfg.coordinator!r}: set distributed.processes and "
             "distributed.process_id too"
         )
@@ -79,17 +79,17 @@ def init_distributed(cfg: DistributedConfig) -> None:
 def mesh_shape(cfg: MeshConfig, n_devices: int) -> tuple[int, ...]:
     """The sizes of MESH_AXES over n_devices devices, -1 resolved.
 
-    Raises ValueError if the sizes do not use exactly n_devices.
+    Raises ConfigError if the sizes do not use exactly n_devices.
     """
     sizes = [getattr(cfg, axis) for axis in MESH_AXES]
     said = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"{said}: each size must be positive, and at most one -1 (= the rest)")
+        raise ConfigError(f"{said}: each size must be positive, and at most one -1 (= the rest)")
     known = int(np.prod([size for size in sizes if size > 0]))
     if -1 in sizes:
         sizes[sizes.index(-1)] = n_devices // known
     if int(np.prod(sizes)) != n_devices:
-        raise ValueError(f"{said} does not fit {n_devices} devices: the product must be equal")
+        raise ConfigError(f"{said} does not fit {n_devices} devices: the product must be equal")
     return tuple(sizes)
 
 

@@ -62,6 +62,26 @@ def test_must_and_never_mean_what_they_say(tmp_path: Path) -> None:
         open_run(tmp_path, Run(), "never")
 
 
+@pytest.mark.parametrize("name", ["here", "here/below/it"])
+def test_a_file_in_the_way_of_the_folder_is_a_config_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "here").write_text("")
+    with pytest.raises(ConfigError, match="here is a file: choose another"):
+        open_run(tmp_path / name, Run(), "auto")
+
+
+def test_checkpoints_are_found_by_folder_and_step(tmp_path: Path) -> None:
+    run = tmp_path / "me@home"
+    touch_checkpoint(run, 5)
+    touch_checkpoint(run, 10)
+    assert checkpoint.find_checkpoint(str(run)).name == "10"
+    assert checkpoint.find_checkpoint(f"{run}@5") == run / "checkpoints" / "5"
+    for wrong in (f"{run}@abc", f"{run}@", f"{run}@7"):
+        with pytest.raises(ConfigError, match=r"no such checkpoint; the run has steps \[5, 10\]"):
+            checkpoint.find_checkpoint(wrong)
+    with pytest.raises(ConfigError, match="is no run with checkpoints"):
+        checkpoint.find_checkpoint(str(tmp_path / "nowhere"))
+
+
 def state_on(mesh: jax.sharding.Mesh, spec: P):
     params = {"w": jax.device_put(np.arange(64.0).reshape(8, 8), NamedSharding(mesh, spec))}
     return new_state(params, make_optimizer(OptimConfig(), 10))
@@ -83,6 +103,21 @@ def test_a_checkpoint_is_restored_on_another_mesh_to_the_bit(tmp_path: Path) -> 
     loader.close()
     np.testing.assert_array_equal(found.params["w"], np.arange(64.0).reshape(8, 8))
     assert found.params["w"].sharding.spec == P("tensor", "data")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    state = state_on(sharding.make_mesh(sharding.MeshConfig()), P())
+    saver = Checkpoints(tmp_path, CheckpointConfig())
+    saver.save(1, state)
+    saver.save(2, state)
+    saver.close()
+    for file in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    loader = Checkpoints(tmp_path, CheckpointConfig())
+    with pytest.raises(ValueError, match=r"checkpoints/2: the checkpoint cannot be read"):
+        loader.restore(abstract(state))
+    loader.close()
 
 
 def test_only_the_latest_and_the_kept_multiples_stay(tmp_path: Path) -> None:

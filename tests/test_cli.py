@@ -175,6 +175,12 @@ def test_exit_codes_tell_what_went_wrong(job, yaml, capsys):
     assert "Traceback" in capsys.readouterr().err
     job.run = raising(ConfigError("another run lies there"))
     assert cli.main(["toy", yaml]) == 2
+    for error in (OSError(28, "No space left on device", "/runs/a"), FloatingPointError("nan")):
+        job.run = raising(error)
+        assert cli.main(["toy", yaml]) == 1
+        captured = capsys.readouterr()
+        assert str(error) in captured.err
+        assert "Traceback" not in captured.err
     job.run = raising(KeyboardInterrupt())
     assert cli.main(["toy", yaml]) == 130
     job.run = raising(RuntimeError("ours"))

@@ -127,7 +127,9 @@ def test_every_problem_is_told_at_once_with_its_place(write):
         "  sources:\n    a: {weight: 2}\nlr: 3\noptim: {b3: 1}\nmesh: 7\n",
     )
     missing = path.replace("a.yaml", "none.yaml")
-    found = problems_of([path, missing], ["data.sources.b.path=3", "nonsense", "cieling=2"])
+    found = problems_of(
+        [path, missing], ["data.sources.b.path=3", "nonsense", "cieling=2", "x.y=1"]
+    )
     assert f"{path}:3" in found["seed"]
     assert "'later'" in found["seed"]
     assert f"({path}:5)" in found["data.seq_len"]
@@ -137,6 +139,7 @@ def test_every_problem_is_told_at_once_with_its_place(write):
     assert "did you mean 'b2'?" in found["optim.b3"]
     assert "section" in found["mesh"]
     assert "(command line)" in found["cieling"]
+    assert "(command line)" in found["x"]
     assert "did you mean 'ceiling'?" in found["cieling"]
     assert "lr" in found
     assert "data.sources.a.path" not in found, "the unreadable file may hold it"

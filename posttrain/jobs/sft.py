@@ -8,6 +8,7 @@ and it goes on where it was. It leaves out preferences, rewards and adapters: th
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,7 +54,7 @@ class Config(Section):
     def _mounted(cls, value: Any) -> Any:
         if "://" in str(value):
             raise ValueError("must be a folder that all hosts have mounted, not a URL")
-        return value
+        return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def run(cfg: Config) -> int:
