@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from posttrain.chat.template import ChatTemplate
 from posttrain.data.config import DataConfig
-from posttrain.data.prepare import run
+from posttrain.data.prepare import files_of, run
 from posttrain.data.report import Report, SourceReport
 from posttrain.data.rows import Defect
-from posttrain.data.sources import find_files
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ def check(cfg: DataConfig, chat: ChatTemplate | None, *, quiet: bool = True) -> 
     With `chat`, rows are also rendered and tokenised: what the template refuses is a defect too.
     Raises ValueError for sources that cannot be read at all.
     """
-    files = {name: find_files(source) for name, source in cfg.sources.items()}
+    files = files_of(cfg)
     report = Report("", cfg.seq_len, cfg.too_long, {name: SourceReport() for name in cfg.sources})
     defects: list[Defect] = []
     for result in run(cfg, chat, files, report, title="check", shown=not quiet):

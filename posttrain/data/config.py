@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import field_validator
+from pydantic import AfterValidator, field_validator
 
 from posttrain.config import Config, runtime, semantic
 
@@ -48,10 +49,24 @@ class SourceConfig(Config):
         return (self.path,) if isinstance(self.path, str) else self.path
 
 
+def _check_names(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+    for name in sources:
+        if not re.fullmatch(r"\w[\w .:+-]*", name):
+            raise ValueError(
+                f"{name!r} is no name for a source (it names metrics and files): "
+                "use letters, digits, _ and -"
+            )
+    return sources
+
+
+Sources = Annotated[dict[str, SourceConfig], AfterValidator(_check_names)]
+"""Name -> source."""
+
+
 class DataConfig(Config):
     """The data section of a config."""
 
-    sources: dict[str, SourceConfig] = semantic(
+    sources: Sources = semantic(
         min_length=1, help="name -> source; the name is used in reports and metrics"
     )
     seq_len: int = semantic(1024, ge=8, help="most tokens of one example, and of one packed row")

@@ -43,22 +43,28 @@ class BadRows(ValueError):
 
 
 def prepare(
-    cfg: DataConfig, chat: ChatTemplate, *, is_primary: bool = True, quiet: bool = False
+    cfg: DataConfig,
+    chat: ChatTemplate,
+    *,
+    is_primary: bool = True,
+    quiet: bool = False,
+    section: str = "data.sources",
 ) -> Cache:
     """The cache of cfg's sources: opened where it exists, else made; the report is shown.
 
+    `section` is what errors call the part of the config that the sources stand in.
     Where several hosts share cache_dir, one is primary and makes it; the others wait for it, up to
     cfg.wait_minutes. Raises BadRows with all bad rows (unless on_bad_row is skip), ValueError for
     sources that cannot be read, for data of which nothing is left, and when the wait is over.
     """
     if "://" in cfg.cache_dir:
         raise ValueError(f"data.cache_dir: {cfg.cache_dir}: must be a local or mounted folder")
-    files = {name: find_files(source) for name, source in cfg.sources.items()}
+    files = files_of(cfg, section)
     key = fingerprint(cfg, chat, files)
     folder = Path(cfg.cache_dir).expanduser() / key
     if not (folder / INDEX).exists():
         if is_primary:
-            return _make(cfg, chat, files, key, folder, quiet)
+            return _make(cfg, chat, files, key, folder, quiet, section)
         _wait(folder, cfg.wait_minutes)
     cache = Cache.open(folder)
     if is_primary and not quiet:
@@ -73,6 +79,7 @@ def _make(
     key: str,
     folder: Path,
     quiet: bool,
+    section: str,
 ) -> Cache:
     names = list(cfg.sources)
     report = Report(key, cfg.seq_len, cfg.too_long, {name: SourceReport() for name in names})
@@ -80,7 +87,8 @@ def _make(
     defects: list[Defect] = []
     began = time.monotonic()
     with CacheWriter(folder, names) as writer:
-        for result in run(cfg, chat, files, report, title="prepare", shown=not quiet):
+        results = run(cfg, chat, files, report, title="prepare", shown=not quiet, section=section)
+        for result in results:
             defects += result.too_long
             if cfg.on_bad_row == "error":
                 defects += result.defects
@@ -97,7 +105,7 @@ def _make(
             raise BadRows(defects, report.total.rows)
         for name, source in report.sources.items():
             if source.examples == 0:
-                raise ValueError(_nothing_left(name, source, files[name]))
+                raise ValueError(_nothing_left(f"{section}.{name}", source, files[name]))
         cache = writer.finish(key, report)
     if not quiet:
         report.show()
@@ -112,6 +120,7 @@ def run(
     *,
     title: str,
     shown: bool,
+    section: str = "data.sources",
 ) -> Iterator[Result]:
     """Every block of every source, in order, tokenised (checked alone, where `chat` is None);
     `report` is kept up to date and the progress shown."""
@@ -123,7 +132,7 @@ def run(
     position = _Position()
     examples = tokens = 0
     with PrepareProgress(title, sum(sizes), shown=shown) as progress:
-        for result in run_tasks(job, _tasks(cfg, files), workers):
+        for result in run_tasks(job, _tasks(cfg, files, section), workers):
             report.sources[names[result.source_id]].add(result.report)
             report.count_lengths(result.whole_lengths)
             examples += result.report.examples
@@ -145,21 +154,32 @@ class _Position:
         return self._before + self._read
 
 
-def _tasks(cfg: DataConfig, files: dict[str, list[str]]) -> Iterator[Task]:
+def files_of(cfg: DataConfig, section: str = "data.sources") -> dict[str, list[str]]:
+    """Source name -> its files. ValueError, naming the source, as find_files raises it."""
+    files: dict[str, list[str]] = {}
+    for name, source in cfg.sources.items():
+        try:
+            files[name] = find_files(source)
+        except ValueError as error:
+            raise ValueError(f"{section}.{name}.path: {error}") from error
+    return files
+
+
+def _tasks(cfg: DataConfig, files: dict[str, list[str]], section: str) -> Iterator[Task]:
     for source_id, (name, source) in enumerate(cfg.sources.items()):
         found = None
         for block in read_blocks(source, files[name]):
-            found = found or _format_of(block, source, name)
+            found = found or _format_of(block, source, f"{section}.{name}")
             yield Task(source_id, found, block)
 
 
-def _format_of(block: Block, source: SourceConfig, name: str) -> str | None:
+def _format_of(block: Block, source: SourceConfig, key: str) -> str | None:
     """The format that the first row with a known shape has; None where no row can be read."""
     refusal: ValueError | None = None
     for row in block.rows():
         if not row.problems:
             try:
-                return find_format(row.value, source, f"data.sources.{name}: {row.file}:{row.line}")
+                return find_format(row.value, source, f"{key}: {row.file}:{row.line}")
             except ValueError as error:
                 refusal = refusal or error
     if refusal is not None:
@@ -167,11 +187,11 @@ def _format_of(block: Block, source: SourceConfig, name: str) -> str | None:
     return None
 
 
-def _nothing_left(name: str, source: SourceReport, files: list[str]) -> str:
+def _nothing_left(key: str, source: SourceReport, files: list[str]) -> str:
     what = [f"{source.bad_rows} bad"] if source.bad_rows else []
     what += [f"{count} dropped: {reason}" for reason, count in source.dropped.items()]
     rows = f"{source.rows} rows" + (f" ({'; '.join(what)})" if what else "")
-    return f"data.sources.{name}: no example left of {rows} in {', '.join(files) or 'no file'}"
+    return f"{key}: no example left of {rows} in {', '.join(files) or 'no file'}"
 
 
 def _wait(folder: Path, minutes: float) -> None:

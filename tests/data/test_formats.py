@@ -208,6 +208,10 @@ def test_where_no_format_or_several_fit_it_is_said():
         find_format({"question": "q", "answer": "a"}, CFG, "f:1")
     with pytest.raises(ValueError, match="preference pairs"):
         find_format({"chosen": "a", "rejected": "b"}, CFG, "f:1")
+    labelled = {"messages": [USER, ANSWER], "label": False}
+    with pytest.raises(ValueError, match="labelled good or bad"):
+        find_format(labelled, CFG, "f:1")
+    assert find_format(labelled, SourceConfig(path="f", format="messages"), "f:1") == "messages"
     with pytest.raises(ValueError, match="unknown format 'chatty'"):
         find_format({}, SourceConfig(path="f", format="chatty"), "f:1")
     with pytest.raises(ValueError, match="remove one of the two"):
@@ -252,7 +256,9 @@ def test_ignored_keys_are_ignored_and_others_are_not():
     ],
 )
 def test_real_files_convert_whole(data_dir, file, form, rows, calls, results):
-    cfg = SourceConfig(path=str(data_dir / "data" / "llama_factory" / f"{file}.jsonl"))
+    path = str(data_dir / "data" / "llama_factory" / f"{file}.jsonl")
+    # answers with a label are read where their format is named, but not by chance
+    cfg = SourceConfig(path=path, format=form if file == "kto_en_demo" else "auto")
     made = []
     for row in read_rows(cfg):
         assert find_format(row.value, cfg, "here") == form

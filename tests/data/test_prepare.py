@@ -48,6 +48,25 @@ def test_sources_keep_their_names_order_and_formats(tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "../up", " x"])
+def test_a_name_that_is_no_name_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="is no name for a source"):
+        config(tmp_path, sources={name: {"path": "x.jsonl"}})
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [(None, "no such file"), ([], "no example left"), ([{"x": 1}], "no format recognises")],
+)
+def test_errors_name_the_place_in_the_config(tmp_path, rows, said):
+    path = str(tmp_path / "x.jsonl") if rows is None else write(tmp_path / "x.jsonl", rows)
+    cfg = config(tmp_path, sources={"mine": {"path": path}})
+    with pytest.raises(ValueError, match=rf"^data\.sources\.mine.*{said}"):
+        prepare(cfg, FakeChat(), quiet=True)
+    with pytest.raises(ValueError, match=rf"^eval\.sets\.mine.*{said}"):
+        prepare(cfg, FakeChat(), quiet=True, section="eval.sets")
+
+
 # ---- too long
 
 

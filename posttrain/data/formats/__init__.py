@@ -68,6 +68,11 @@ def find_format(row: Any, cfg: SourceConfig, place: str) -> str:
             f"{place}: preference pairs (columns: {columns}), not a format to imitate; to train on "
             "the chosen side alone, name it: fields: {messages: chosen} or {prompt:, completion:}"
         )
+    if isinstance(row, Mapping) and isinstance(row.get("label"), bool):
+        raise ValueError(
+            f"{place}: answers labelled good or bad (columns: {columns}), not a format to imitate: "
+            "leave the bad rows out, then name the format, as in format: messages"
+        )
     found = [name for name, known in FORMATS.items() if known.detect(row)]
     if len(found) == 1:
         return found[0]
