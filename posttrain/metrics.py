@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import field_validator
+
 from posttrain.config import Config, runtime
 from posttrain.types import Mean
 
@@ -32,6 +34,13 @@ class LogConfig(Config):
     trace_steps: tuple[int, int] | None = runtime(
         None, help="first and last step of a profiler trace (perfetto, xprof), written to trace/"
     )
+
+    @field_validator("trace_steps")
+    @classmethod
+    def _a_range(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError("must be [first, last] with 1 <= first <= last")
+        return steps
 
 
 def flatten(metrics: Mapping[str, Any], source_names: list[str]) -> dict[str, float]:

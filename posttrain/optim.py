@@ -87,6 +87,23 @@ def schedule(cfg: OptimConfig, total_steps: int) -> Schedule:
     return rate
 
 
+def warnings(cfg: OptimConfig, total_steps: int) -> list[str]:
+    """What the schedule does in a run of total_steps that its settings hardly meant."""
+    total = cfg.schedule_steps or total_steps
+    warmup, decay = _steps(cfg.warmup, total), _steps(cfg.decay, total)
+    if warmup > total_steps:
+        return [
+            f"the warm-up of {warmup} steps is longer than the run's {total_steps}: "
+            f"it ends at {total_steps / warmup:.1%} of optim.lr"
+        ]
+    if cfg.schedule == "wsd" and warmup + decay > total:
+        return [
+            f"warm-up ({warmup}) and decay ({decay}) do not fit {total} steps: "
+            f"the decay gets {total - warmup}"
+        ]
+    return []
+
+
 def _names(path: tuple[Any, ...]) -> list[str]:
     return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
 

@@ -18,6 +18,12 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("steps", [(3, 1), (0, 2)])
+def test_a_trace_of_no_steps_is_refused(steps: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="1 <= first <= last"):
+        LogConfig(trace_steps=steps)
+
+
 def test_flatten_divides_once_and_names_sources() -> None:
     flat = flatten(
         {

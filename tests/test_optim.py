@@ -23,6 +23,22 @@ def test_constant_schedule_after_warmup() -> None:
     assert (got[4:] == 2.0).all()
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"warmup": 100}, "warm-up of 100 steps is longer than the run's 10: it ends at 10.0%"),
+        ({"schedule": "wsd", "warmup": 6, "decay": 8}, "do not fit 10 steps: the decay gets 4"),
+        ({"warmup": 10}, None),
+        ({"warmup": 15, "schedule_steps": 20}, "longer than the run's 10"),
+        ({"schedule": "wsd", "warmup": 2, "decay": 8}, None),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_said(keys: dict, said: str | None) -> None:
+    found = optim.warnings(OptimConfig(**keys), 10)
+    assert len(found) == (said is not None)
+    assert not said or said in found[0]
+
+
 def test_warmup_below_one_is_a_fraction_of_the_steps() -> None:
     np.testing.assert_allclose(rates(warmup=0.1), rates(warmup=10))
 

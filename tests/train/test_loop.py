@@ -1,0 +1,65 @@
+"""What surrounds the steps: the signal to stop before and after them, and the profiler."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from posttrain.metrics import LogConfig
+from posttrain.train import loop
+
+
+def test_sigterm_where_nothing_waits_to_be_saved_leaves_with_the_preemption_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.stops_at_once(), pytest.raises(SystemExit) as left:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == loop.PREEMPTED == 75
+    assert "told to stop" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_between_first_and_last_step_sigterm_is_only_noted() -> None:
+    with loop.stops_at_once():
+        at_once = signal.getsignal(signal.SIGTERM)
+        preemption = loop.Preemption()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached(1)
+        preemption.close()
+        assert signal.getsignal(signal.SIGTERM) is at_once
+
+
+@pytest.mark.parametrize(
+    ("asked", "made", "traced"),
+    [
+        ((2, 3), range(1, 6), [2, 3]),
+        ((2, 3), range(3, 6), [3]),  # resumed inside
+        ((2, 9), range(1, 6), [2, 3, 4, 5]),  # the run ends first
+        ((7, 9), range(1, 6), []),
+        ((1, 2), range(4, 6), []),  # resumed behind it
+        (None, range(1, 6), []),
+    ],
+)
+def test_the_profiler_is_on_for_the_steps_asked_and_always_put_off(
+    monkeypatch: pytest.MonkeyPatch, asked: tuple[int, int] | None, made: range, traced: list[int]
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: events.append("on"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("off"))
+    seen = []
+    run: Any = type("Run", (), {"folder": Path("x"), "log": LogConfig(trace_steps=asked)})
+    trace = loop._Trace(run)
+    for step in made:
+        trace.before(step)
+        if events[-1:] == ["on"]:
+            seen.append(step)
+        trace.after(step, None)
+    trace.close()
+    assert seen == traced
+    assert events == (["on", "off"] if traced else [])
