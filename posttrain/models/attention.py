@@ -8,6 +8,7 @@ Shape suffixes: B rows, T positions, S cache slots, N query heads, K key/value h
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from jax.sharding import PartitionSpec
 from posttrain.sharding import BATCH_AXES
 
 _SPLASH_BLOCK = 512
+_CHUNK, _CHUNKS = 128, 32  # queries of one chunk, at the least; chunks of a row, at the most
+_NEGATIVE = -1e30  # a masked score: exp gives exactly 0
 _LANES = 128  # splash's kernel cuts rows into blocks of whole lanes
 
 
@@ -42,8 +45,9 @@ def attention(
     """softmax(q k / sqrt(H)) v over the earlier positions of the same segment; float32 softmax.
 
     q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K; segment_ids: int32 [B, T]. Gives
-    [B, T, N, H] in q's dtype. implementation: reference (any device; holds [B, N, T, T]), cudnn
-    (GPU), splash (TPU), auto (see resolve). interpret: run splash's kernel on the CPU, slowly.
+    [B, T, N, H] in q's dtype. implementation: reference (any device; holds [B, N, T, T]), chunked
+    (any device; half of that), cudnn (GPU), splash (TPU), auto (see resolve).
+    interpret: run splash's kernel on the CPU, slowly.
     Raises ValueError where the implementation asked for cannot do this exactly.
     """
     name = resolve(q, implementation, jax.default_backend())
@@ -51,6 +55,8 @@ def attention(
         return _splash(q, k, v, segment_ids, interpret=interpret)
     if name == "cudnn":
         return _cudnn(q, k, v, segment_ids)
+    if name == "chunked":
+        return _chunked(q, k, v, segment_ids)
     return jax.nn.dot_product_attention(
         q, k, v, mask=segment_mask(segment_ids), implementation="xla"
     )
@@ -61,10 +67,15 @@ def resolve(q: jax.Array, implementation: str, platform: str) -> str:
 
     Raises ValueError on an unknown name, and where the kernel named takes no such q.
     """
-    checks = {"reference": lambda _: None, "cudnn": _cudnn_refusal, "splash": _splash_refusal}
+    checks: dict[str, Callable[[jax.Array], str | None]] = {
+        "reference": lambda _: None,
+        "chunked": lambda _: None,
+        "cudnn": _cudnn_refusal,
+        "splash": _splash_refusal,
+    }
     if implementation == "auto":
         kernel = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform)
-        return kernel if kernel and checks[kernel](q) is None else "reference"
+        return kernel if kernel and checks[kernel](q) is None else "chunked"
     if implementation not in checks:
         raise ValueError(
             f"attention {implementation!r} is not known (there are: auto, {', '.join(checks)})"
@@ -93,6 +104,34 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> 
     return jax.nn.dot_product_attention(
         q, k, v, mask=segment_mask(segment_ids), implementation="cudnn"
     )
+
+
+def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Chunk by chunk of queries against the keys up to the chunk's end.
+
+    Half of the reference's arithmetic and memory, since keys after a chunk are never touched; the
+    backward pass makes the scores again.
+    """
+    b, t, n, head_dim = q.shape
+    groups = k.shape[2]
+    size = max(_CHUNK, -(-t // _CHUNKS))
+    q_BTKGH = q.reshape(b, t, groups, n // groups, head_dim)
+
+    @jax.checkpoint
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, _NEGATIVE)
+        p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgts,bskh->btkgh", p, v)
+
+    def chunk(start: int) -> jax.Array:
+        end = min(start + size, t)
+        rows = slice(start, end)
+        same = segment_ids[:, rows, None] == segment_ids[:, None, :end]
+        mask = same & (jnp.arange(start, end)[:, None] >= jnp.arange(end))
+        return attend(q_BTKGH[:, rows], k[:, :end], v[:, :end], mask)
+
+    return jnp.concatenate([chunk(start) for start in range(0, t, size)], 1).reshape(q.shape)
 
 
 def _splash(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from posttrain.config import Config, runtime, semantic
 
 RematName = Literal["none", "full", "dots", "dots_batch"]
-AttentionName = Literal["auto", "reference", "cudnn", "splash"]
+AttentionName = Literal["auto", "reference", "chunked", "cudnn", "splash"]
 DtypeName = Literal["float32", "bfloat16"]
 
 
@@ -39,7 +39,7 @@ class ModelConfig(Config):
         "dots = also weight matmuls, dots_batch = every matmul",
     )
     attention: AttentionName = runtime(
-        "auto", help="auto: splash on TPU, cudnn on GPU where it can, else reference"
+        "auto", help="auto: splash on TPU and cudnn on GPU where they can, else chunked"
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import posttrain.models.attention as attention_module
 from posttrain.models.attention import attention, cached_attention, resolve
 from tests.models.tiny import mesh_of
 
@@ -54,6 +55,36 @@ def test_reference_equals_the_definition(case: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(real(case, run(case, "reference")), expected(case), atol=2e-6)
 
 
+@pytest.mark.parametrize("chunk", [37, 64, 128])
+def test_chunked_equals_the_definition_and_the_references_gradients(
+    case: dict[str, np.ndarray], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "_CHUNK", chunk)
+    np.testing.assert_allclose(real(case, run(case, "chunked")), expected(case), atol=2e-6)
+    mask = (case["segments"] > 0)[..., None, None]
+
+    def loss(implementation: str, qkv: dict[str, Any]) -> jax.Array:
+        return jnp.sum(jnp.sin(run(case | qkv, implementation) * 3) * mask)
+
+    qkv = {name: case[name] for name in ("q", "k", "v")}
+    want = jax.grad(lambda x: loss("reference", x))(qkv)
+    found = jax.grad(lambda x: loss("chunked", x))(qkv)
+    for name, grad in want.items():
+        np.testing.assert_allclose(found[name], grad, atol=2e-5, err_msg=name)
+
+
+def test_chunked_needs_half_of_the_references_memory() -> None:
+    def temporary(implementation: str) -> int:
+        q = jax.ShapeDtypeStruct((1, 2048, 4, 16), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+        f = lambda q, k, v, s: attention(q, k, v, s, implementation=implementation).sum()  # noqa: E731
+        return (
+            jax.jit(jax.grad(f)).lower(q, q, q, ids).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    assert temporary("chunked") < temporary("reference") * 0.55
+
+
 @pytest.mark.parametrize("shape", [None, (2, 1, 2)])
 def test_splash_equals_the_reference_with_gradients(
     case: dict[str, np.ndarray], shape: tuple[int, ...] | None
@@ -82,6 +113,7 @@ def test_cudnn_equals_the_reference(case: dict[str, np.ndarray]) -> None:
 
 KERNELS = [
     ("reference", {}),
+    ("chunked", {}),
     ("splash", {"interpret": True}),
     pytest.param(
         "cudnn", {}, marks=pytest.mark.skipif(not ON_GPU, reason="cudnn attention needs a GPU")
@@ -120,12 +152,12 @@ def test_auto_goes_by_platform_and_shape() -> None:
     def q(t: int, h: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((1, t, 4, h), dtype)
 
-    assert resolve(q(128, 64, jnp.bfloat16), "auto", "cpu") == "reference"
+    assert resolve(q(128, 64, jnp.bfloat16), "auto", "cpu") == "chunked"
     assert resolve(q(128, 64, jnp.bfloat16), "auto", "tpu") == "splash"
-    assert resolve(q(100, 64, jnp.bfloat16), "auto", "tpu") == "reference"
+    assert resolve(q(100, 64, jnp.bfloat16), "auto", "tpu") == "chunked"
     assert resolve(q(128, 64, jnp.bfloat16), "auto", "gpu") == "cudnn"
-    assert resolve(q(128, 64, jnp.float32), "auto", "gpu") == "reference"
-    assert resolve(q(128, 60, jnp.bfloat16), "auto", "gpu") == "reference"
+    assert resolve(q(128, 64, jnp.float32), "auto", "gpu") == "chunked"
+    assert resolve(q(128, 60, jnp.bfloat16), "auto", "gpu") == "chunked"
 
 
 def test_cached_attention_is_the_last_row_of_the_whole(case: dict[str, np.ndarray]) -> None:
