@@ -139,8 +139,8 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore each have their own for a missing file
             raise ValueError(
                 f"{self._orbax.directory}/{step}: the checkpoint cannot be read "
-                f"({type(error).__name__}: {str(error).strip().splitlines()[0][:300]}). If it is "
-                "damaged, delete its folder: the run goes on from the one before"
+                f"({_first_line(error)}). If it is damaged, delete its folder: the run goes on "
+                "from the one before"
             ) from error
 
     def close(self) -> None:
@@ -175,6 +175,31 @@ def restore_params(source: str, abstract_params: Any) -> Any:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        return ocp.load(str(path), {"params": abstract_params}, checkpointable_name="state")[
-            "params"
-        ]
+        try:
+            saved: Any = ocp.metadata(str(path), checkpointable_name="state").metadata
+            _refuse_other_shapes(saved["params"], abstract_params)
+            found = ocp.load(str(path), {"params": abstract_params}, checkpointable_name="state")
+        except Exception as error:  # orbax and tensorstore each have their own for a missing file
+            raise ValueError(
+                f"{path}: the parameters cannot be taken ({_first_line(error)}). model.path and "
+                "model.new_tokens must name the model that the run trained"
+            ) from error
+    return found["params"]
+
+
+def _refuse_other_shapes(saved: Any, wanted: Any) -> None:
+    """Orbax passes over what only one side has, and so would train on weights never read."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        paths = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(at, simple=True, separator="."): x.shape for at, x in paths}
+
+    has, asked = shapes(saved), shapes(wanted)
+    for name in sorted(has.keys() | asked.keys()):
+        if has.get(name) != asked.get(name):
+            raise ValueError(f"{name}: {has.get(name)} there, {asked.get(name)} in the model")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or "?"
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"

@@ -143,5 +143,13 @@ def test_init_from_takes_the_parameters_alone(tmp_path: Path) -> None:
     found = restore_params(f"{tmp_path}@1", layout)
     np.testing.assert_array_equal(np.asarray(found["w"], np.float32).ravel(), np.arange(64.0))
     assert restore_params(str(tmp_path), layout)["w"][0, 0] == 1
+    narrow = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=layout["w"].sharding)
+    for other, said in (
+        ({"w": narrow}, r"w: \(8, 8\) there, \(8, 4\) in the model"),
+        ({**layout, "head": layout["w"]}, r"head: None there, \(8, 8\) in the model"),
+        ({}, r"w: \(8, 8\) there, None in the model"),
+    ):
+        with pytest.raises(ValueError, match=rf"checkpoints/2: .*{said}"):
+            restore_params(str(tmp_path), other)
     with pytest.raises(ValueError, match=r"the run has steps \[1, 2\]"):
         restore_params(f"{tmp_path}@9", layout)
