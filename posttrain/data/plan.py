@@ -146,6 +146,11 @@ class Plan:
         epoch = int(np.searchsorted(self._firsts, step, side="right")) - 1
         return epoch, step - int(self._firsts[epoch])
 
+    def epochs_after(self, step: int) -> float:
+        """Epochs seen once `step` is done; epochs of a mixture need not have equally many steps."""
+        epoch, k = self.epoch_of(step)
+        return epoch + (k + 1) / int(self._firsts[epoch + 1] - self._firsts[epoch])
+
     def examples(self, step: int) -> Int[np.ndarray, " n"]:
         """The ids of a step's examples, row by row. Accumulation and mesh have no part in it."""
         rows, _ = self._step_rows(step)

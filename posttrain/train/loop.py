@@ -91,7 +91,8 @@ class Run:
     source: OfflineSource
     size: Callable[[int], StepSize]
     total_steps: int
-    steps_per_epoch: float
+    epochs_after: Callable[[int], float]
+    """Step (from 0) -> epochs seen once it is done."""
     source_names: list[str]
     checkpoints: Checkpoints
     writer: Writer
@@ -191,7 +192,7 @@ class _Reporter:
         seconds, self._clock = now - self._clock, now
         self._tokens += size.tokens
         flat |= {
-            "epoch": step.number / run.steps_per_epoch,
+            "epoch": run.epochs_after(step.number - 1),
             "num_tokens": self._tokens,
             "examples": size.examples,
             "packing_efficiency": size.tokens / size.positions,

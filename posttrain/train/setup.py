@@ -183,7 +183,7 @@ def _train(parts: Parts, cache: Cache, plan: Plan, resuming: bool, began: float)
         source=source,
         size=lambda k: step_size(plan, k),
         total_steps=plan.steps,
-        steps_per_epoch=plan.steps_per_epoch,
+        epochs_after=plan.epochs_after,
         source_names=names,
         checkpoints=checkpoints,
         writer=writer,

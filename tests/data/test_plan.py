@@ -55,6 +55,18 @@ def random_plan(rng: np.random.Generator, **length) -> Plan:
     )
 
 
+def test_epochs_are_counted_in_their_own_steps():
+    """Epochs of a mixture differ in length: step / steps of the first is not what was seen."""
+    index = make_index(200, sources=2)
+    sources = {name: SourceConfig(path="x", weight=w) for name, w in (("s0", 1.0), ("s1", 0.71))}
+    plan = Plan(index, BatchConfig(rows=4), seq_len=64, seed=0, epochs=9, sources=sources)
+    ends = np.flatnonzero(np.diff([plan.epoch_of(k)[0] for k in range(plan.steps)]))
+    assert len({*np.diff(ends)}) > 1
+    assert [plan.epochs_after(k) for k in ends.tolist()] == list(range(1, 9))
+    assert plan.epochs_after(plan.steps - 1) == 9
+    assert plan.epochs_after(0) == 1 / plan.steps_per_epoch
+
+
 def test_every_example_exactly_once_an_epoch_and_shapes_are_static():
     rng = np.random.default_rng(0)
     for _ in range(60):
