@@ -32,6 +32,7 @@ FLAGS = {
 USAGE_ERROR = 2  # also a config error: a launcher must not retry it
 DATA_ERROR = 1
 INTERRUPTED = 130
+PREEMPTED = 75  # every process of a run leaves with it, together
 PIPE_CLOSED = 141
 EXIT_CODES = """exit codes:
   0    done
@@ -167,5 +168,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def command() -> None:
+    """What the installed command runs: main, then out with its exit code.
+
+    One failed process of several leaves at once: jax's exit handler would hold it until all are
+    done, and the others wait for it. They end when they notice that it has gone.
+    """
+    try:
+        code = main()
+    except Exception:  # ours to mend: the traceback is the message
+        traceback.print_exc()
+        code = DATA_ERROR
+    jax = sys.modules.get("jax")
+    if code not in (0, PREEMPTED) and jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -79,3 +79,15 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(
     assert finish(running) == [PREEMPTED, PREEMPTED]
     steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert steps[-1] == Finished(0, tmp_path).metrics[-1]["step"]
+
+
+def test_a_process_that_fails_takes_the_others_with_it(
+    golden_keys: list[str], tmp_path: Path
+) -> None:
+    """Process 0 alone reads the data; where it is bad, nobody may wait an hour for its cache."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user"}]}\n')
+    keys = [*golden_keys, f"run_dir={tmp_path / 'run'}", f"data.sources.gsm8k.path={bad}"]
+    codes = finish(start_together([*keys, "train.steps=2"], processes=2, devices=1), seconds=150)
+    assert codes[0] == 1
+    assert codes[1] != 0
