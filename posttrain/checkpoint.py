@@ -4,11 +4,17 @@
           semantic.json    the part of it that decides the result
           checkpoints/<k>  Orbax: `state` after k updates, the resolved config as its metadata
           metrics.jsonl  tensorboard/  samples/  export/
+          lock             held by the process that trains in the folder
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,14 +46,51 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
+def _make_folder(run_dir: Path) -> None:
+    if not_folder := next((p for p in (run_dir, *run_dir.parents) if p.is_file()), None):
+        raise ConfigError(f"run_dir {run_dir}: {not_folder} is a file: choose another folder")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise ConfigError(f"run_dir {run_dir}: may not be made here: choose another") from error
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Inside, no other start may train in the folder: two would write over each other's files.
+
+    The lock is the kernel's and ends with the process, however it ends. A file system that has no
+    locks is taken as it is. Raises ValueError, with the holder, if the folder is held.
+    """
+    if not is_primary():
+        yield
+        return
+    _make_folder(run_dir)
+    with (run_dir / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"run_dir {run_dir}: another start of this run is at work in it ({file.read()}): "
+                "wait for its end, or choose another run_dir"
+            ) from error
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
     """Makes or re-opens a run's folder; True if it holds a checkpoint to continue from.
 
     Raises ConfigError if another semantic config lives there (naming the keys that differ), if
     resume is "must" and there is no checkpoint, or "never" and there is one.
     """
-    if not_folder := next((p for p in (run_dir, *run_dir.parents) if p.is_file()), None):
-        raise ConfigError(f"run_dir {run_dir}: {not_folder} is a file: choose another folder")
+    if is_primary():
+        _make_folder(run_dir)
     steps = saved_steps(run_dir)
     if resume == "must" and not steps:
         raise ConfigError(f"checkpoint.resume=must, and {run_dir} holds no checkpoint")
@@ -60,10 +103,6 @@ def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
     if marker.exists():
         _refuse_another_config(run_dir, json.loads(marker.read_text()), cfg, bool(steps))
     if is_primary():
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except PermissionError as error:
-            raise ConfigError(f"run_dir {run_dir}: may not be made here: choose another") from error
         (run_dir / "resolved.yaml").write_text(config.resolved_yaml(cfg), encoding="utf-8")
         temporary = run_dir / "semantic.json.tmp"
         temporary.write_text(json.dumps(config.semantic_dict(cfg), indent=1))

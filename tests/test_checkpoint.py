@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax
@@ -67,6 +68,17 @@ def test_a_file_in_the_way_of_the_folder_is_a_config_error(tmp_path: Path, name:
     (tmp_path / "here").write_text("")
     with pytest.raises(ConfigError, match="here is a file: choose another"):
         open_run(tmp_path / name, Run(), "auto")
+
+
+def test_a_folder_is_held_by_one_start_at_a_time(tmp_path: Path) -> None:
+    with checkpoint.held(tmp_path / "run"):
+        second = checkpoint.held(tmp_path / "run")
+        with pytest.raises(ValueError, match=rf"at work in it \(process {os.getpid()} on "):
+            second.__enter__()
+        with checkpoint.held(tmp_path / "other"):
+            pass
+    with checkpoint.held(tmp_path / "run"):
+        assert (tmp_path / "run" / "lock").read_text().count("process") == 1
 
 
 def test_checkpoints_are_found_by_folder_and_step(tmp_path: Path) -> None:

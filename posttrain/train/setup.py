@@ -124,10 +124,10 @@ def _run_sft(cfg: Any, devices: Sequence[Any] | None) -> int:
     sharding.init_distributed(cfg.distributed)
     use_compile_cache()
     mesh = sharding.make_mesh(cfg.mesh, devices)
-    with jax.set_mesh(mesh):
-        if cfg.checkpoint.init_from:  # asked before anything slow is done
-            checkpoint.find_checkpoint(cfg.checkpoint.init_from)
+    with jax.set_mesh(mesh), checkpoint.held(cfg.run_dir):
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
+        if cfg.checkpoint.init_from and not resuming:  # asked before anything slow is done
+            checkpoint.find_checkpoint(cfg.checkpoint.init_from)
         parts = Parts(cfg, mesh, open_model(cfg, mesh))
         _refuse_long_rows(cfg.data.seq_len, parts.model)
         cache = parts.prepare(cfg.data, "data.sources")
