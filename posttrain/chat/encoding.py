@@ -25,7 +25,7 @@ class LazyOffsets(Sequence[tuple[int, int]]):
         return self._length
 
     def __getitem__(self, k: Any) -> Any:
-        if self.changed and k in self.changed:
+        if k in self.changed:
             return self.changed[k]
         return self._found.token_to_chars(k)
 

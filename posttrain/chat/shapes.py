@@ -36,11 +36,14 @@ class Lost:
     field: str
 
 
-def shapes_for(messages: Sequence[Mapping[str, Any]]) -> list[Shape]:
+_WITHOUT_CALLS = (Shape(False, False), Shape(True, False))
+_WITH_CALLS = (Shape(False, False), Shape(False, True), Shape(True, False), Shape(True, True))
+
+
+def shapes_for(messages: Sequence[Mapping[str, Any]]) -> Sequence[Shape]:
     """The shapes worth trying, in a fixed order: the same conversation gets the same text."""
     calls = any(message.get("tool_calls") for message in messages)
-    arguments = (False, True) if calls else (False,)
-    return [Shape(parts, as_json) for parts in (False, True) for as_json in arguments]
+    return _WITH_CALLS if calls else _WITHOUT_CALLS
 
 
 def shape_messages(messages: Sequence[Mapping[str, Any]], shape: Shape) -> list[dict[str, Any]]:

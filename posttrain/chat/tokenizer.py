@@ -148,23 +148,26 @@ class Tokenizer:
         """What the whole tokenizer gave, unless it took typed text for a control token."""
         array = np.array(found.ids, np.int32)
         lazy = LazyOffsets(found, len(array))
-        hits = np.flatnonzero(self._control[array]).tolist()
-        for k in hits:
-            start, end = lazy[k]
-            if _core(text, start, end) != (start, end):
-                lazy.changed[k] = _core(text, start, end)
-        if trusted is None or not _strays(text, hits, lazy, trusted, prose, in_prose):
+        places: list[tuple[int, int]] = []
+        for k in np.flatnonzero(self._control[array]).tolist():
+            place = found.token_to_chars(k)
+            core = _core(text, *place)
+            if core != place:
+                lazy.changed[k] = core
+            places.append(core)
+        if trusted is None or not _strays(text, places, trusted, prose, in_prose):
             return Encoding(array, lazy)
         if self._sections is None:
             self._sections = SectionEncoder(self._parsed)
         ids, offsets = self._sections.encode(text, trusted, prose, in_prose)
         array = np.array(ids, np.int32)
         hits = np.flatnonzero(self._control[array]).tolist()
-        strays = _strays(text, hits, offsets, trusted, prose, in_prose)
+        strays = _strays(text, [offsets[k] for k in hits], trusted, prose, in_prose)
         if strays:
+            k = hits[strays[0]]
             raise ValueError(
-                f"the tokenizer gives the control token {self.token(ids[strays[0]])!r} for plain "
-                f"text at character {offsets[strays[0]][0]}; remove it from the text"
+                f"the tokenizer gives the control token {self.token(ids[k])!r} for plain "
+                f"text at character {offsets[k][0]}; remove it from the text"
             )
         return Encoding(array, offsets)
 
@@ -262,16 +265,14 @@ def _core(text: str, start: int, end: int) -> tuple[int, int]:
 
 def _strays(
     text: str,
-    hits: list[int],
-    offsets: Sequence[tuple[int, int]],
+    places: Sequence[tuple[int, int]],
     trusted: Intervals,
     prose: Intervals,
     in_prose: frozenset[str],
 ) -> list[int]:
-    """Positions of control tokens made from characters that may not make them."""
+    """Which of the control tokens at these places are made from characters that may not."""
     out = []
-    for k in hits:
-        start, end = offsets[k]
+    for k, (start, end) in enumerate(places):
         if covers(trusted, start, end):
             continue
         if not (text[start:end] in in_prose and covers(prose, start, end)):

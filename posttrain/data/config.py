@@ -81,7 +81,7 @@ class DataConfig(Config):
         "~/.cache/posttrain/data", help="folder of the tokenised caches; shared by all hosts"
     )
     workers: int | None = runtime(
-        None, ge=0, help="worker processes of prepare; 0 none, empty: by cores and size of the data"
+        None, ge=0, help="worker processes of prepare; 0: threads, empty: by cores and data"
     )
     wait_minutes: float = runtime(
         60.0, gt=0, help="how long the other hosts wait for the one that prepares"

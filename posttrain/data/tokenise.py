@@ -99,13 +99,14 @@ class Job:
                     kept_lines += [line] * len(fitted)
         report.examples = len(kept)
         report.tokens = sum(len(e.tokens) for e in kept)
-        report.trained = sum(trained(e) for e in kept)
+        weights = np.concatenate([e.loss_weights for e in kept] or [np.zeros(0, np.float32)])
+        report.trained = int(np.count_nonzero(weights > 0))
         return Result(
             source_id=task.source_id,
             file=block.file,
             read=block.read,
             tokens=np.concatenate([e.tokens for e in kept] or [np.zeros(0, np.int32)]),
-            weights=np.concatenate([e.loss_weights for e in kept] or [np.zeros(0, np.float32)]),
+            weights=weights,
             lengths=np.array([len(e.tokens) for e in kept], np.int32),
             lines=np.array(kept_lines, np.int64),
             whole_lengths=np.array(whole, np.int32),

@@ -1,4 +1,5 @@
-"""Blocks through worker processes, in order, with this process working too where it would wait."""
+"""Blocks through worker processes (or, for little data, threads), in order, with this process
+working too where it would wait."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from posttrain.data.tokenise import Job, Result, Task
 
-# What starting a worker costs is about what tokenising this much text does.
-BYTES_WORTH_WORKERS = 1 << 20
+# A worker takes half a second of a core to import what it needs. Threads cost nothing to start, but
+# only encoding leaves the interpreter: they gain up to about four.
+BYTES_WORTH_WORKERS = 8 << 20
+_MOST_THREADS = 4
 _QUEUED = 3  # blocks per worker that are handed out at a time
 
 _job: bytes | Job = b""  # of a worker process: pickled until its first task
@@ -27,24 +30,49 @@ def cores() -> int:
 
 
 def worker_count(asked: int | None, data_bytes: int) -> int:
-    """Processes beside this one: as asked, else one per further core where the data is worth it."""
+    """Processes beside this one: as asked, else one per further core where the data is worth it
+    (else 0: threads)."""
     if asked is not None:
         return asked
     return 0 if data_bytes < BYTES_WORTH_WORKERS else cores() - 1
 
 
 def run_tasks(job: Job, tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """job.run of every task, in the order of the tasks, with `workers` spawned processes.
+    """job.run of every task, in the order of the tasks, with `workers` spawned processes; in
+    threads of this process where there are none.
 
     An error of a task is raised in its place. ValueError: a worker died.
     """
-    if workers == 0:
-        for task in tasks:
-            yield job.run(task)
-        return
-    # each process works on one core; the threads of `tokenizers` would only get in its way
+    # each process or thread works on one core; threads of `tokenizers` would only get in its way
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        if workers:
+            yield from _in_processes(job, tasks, workers)
+        else:
+            yield from _in_threads(job, tasks, min(cores(), _MOST_THREADS))
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _in_threads(job: Job, tasks: Iterable[Task], threads: int) -> Iterator[Result]:
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(job.run, task))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_processes(job: Job, tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -59,10 +87,6 @@ def run_tasks(job: Job, tasks: Iterable[Task], workers: int) -> Iterator[Result]
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _in_order(

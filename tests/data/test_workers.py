@@ -41,6 +41,35 @@ def test_worker_processes_make_the_same_cache_in_the_same_order(tmp_path, monkey
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
+class Uneven(FakeChat):
+    """Later blocks are done first; notes the threads and whether `tokenizers` has its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.threads, self.parallelism = set(), set()
+
+    def examples_batch(self, conversations):
+        self.threads.add(threading.get_ident())
+        self.parallelism.add(os.environ.get("TOKENIZERS_PARALLELISM"))
+        time.sleep(0.05 / len(self.threads) ** 2)
+        return super().examples_batch(conversations)
+
+
+def test_threads_make_the_same_cache_in_the_same_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(workers, "cores", lambda: 3)
+    rows = [turn(i) for i in range(600)]
+    rows[401] = {"q": "x"}
+    chat = Uneven()
+    made = prepare(config(tmp_path, rows, on_bad_row="skip"), chat, quiet=True)
+    assert len(chat.threads) == 3
+    assert threading.get_ident() not in chat.threads
+    assert chat.parallelism == {"false"}
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+    assert_same(made, expected([row for i, row in enumerate(rows) if i != 401]))
+    assert [made.place(i)[-4:] for i in (0, 400, 401)] == ["nl:1", ":401", ":403"]
+
+
 def test_others_wait_for_the_primary(tmp_path):
     cfg = config(tmp_path, [turn(i) for i in range(20)])
     found = []
