@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from posttrain.config import ConfigError
+
 SHUFFLE, SUBSET, ROWS = 1, 2, 3
 """What a permutation is for: the first word of its key, so that no two purposes share numbers."""
 
@@ -35,8 +37,8 @@ def mixture_repeats(
 
     Without weights: `repeats` as they are. With weights: the sources' shares of an epoch's examples
     follow the weights, and the source with the most examples per weight is seen exactly once; so
-    nothing is left out and the others repeat. Raises ValueError where some sources have a weight
-    and others have not, where a source has both, or where it has no examples.
+    nothing is left out and the others repeat. Raises ConfigError where some sources have a weight
+    and others have not or where a source has both; ValueError where it has no examples.
     """
     for name, size in zip(names, sizes, strict=True):
         if not size:
@@ -45,12 +47,12 @@ def mixture_repeats(
         return np.asarray(repeats, np.float64)
     for name, weight, times in zip(names, weights, repeats, strict=True):
         if weight is None:
-            raise ValueError(
+            raise ConfigError(
                 f"data.sources.{name}.weight: not set, but other sources have one; "
                 "give every source a weight, or none"
             )
         if times != 1:
-            raise ValueError(
+            raise ConfigError(
                 f"data.sources.{name}.repeats: {times:g} beside weight {weight:g}; the weights "
                 "decide how often a source repeats: remove one of the two"
             )

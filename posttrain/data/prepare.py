@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,8 @@ def prepare(
     """
     if "://" in cfg.cache_dir:
         raise ValueError(f"data.cache_dir: {cfg.cache_dir}: must be a local or mounted folder")
+    if os.path.expanduser(cfg.cache_dir).startswith("~"):
+        raise ValueError(f"data.cache_dir: {cfg.cache_dir}: this user has no home; name a folder")
     files = files_of(cfg, section)
     key = fingerprint(cfg, chat, files)
     folder = Path(cfg.cache_dir).expanduser() / key

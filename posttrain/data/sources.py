@@ -133,7 +133,7 @@ def find_files(cfg: SourceConfig) -> list[str]:
     for pattern in cfg.paths:
         try:
             found = _find(pattern)
-        except ImportError as error:  # of the file system behind gs:// or s3://
+        except (ImportError, RuntimeError) as error:  # no client for gs:// or s3://; no home for ~
             raise ValueError(f"{pattern}: {error}") from error
         if not found:
             raise ValueError(f"{pattern}: no file matches")

@@ -49,7 +49,9 @@ class Model:
 def use_compile_cache() -> None:
     """Compiled programs are kept between starts, where the user named no folder for them."""
     if jax.config.values.get("jax_compilation_cache_dir") is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+        if not folder.is_absolute():
+            return  # a user without a home
         jax.config.update("jax_compilation_cache_dir", str(folder / "posttrain" / "compiled"))
 
 

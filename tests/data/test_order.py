@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from posttrain.config import ConfigError
 from posttrain.data.order import epoch_order, mixture_repeats, permutation
 
 
@@ -102,8 +103,10 @@ def test_without_weights_the_repeats_are_as_given():
     ],
 )
 def test_what_cannot_be_mixed_is_refused_by_name(sizes, weights, repeats, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         mixture_repeats("ab", sizes, weights, repeats)
+    # what the config alone decides is its error: exit code 2
+    assert isinstance(refused.value, ConfigError) == ("no examples" not in message)
 
 
 def test_an_epoch_of_nothing_is_refused():

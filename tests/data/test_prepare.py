@@ -67,6 +67,12 @@ def test_errors_name_the_place_in_the_config(tmp_path, rows, said):
         prepare(cfg, FakeChat(), quiet=True, section="eval.sets")
 
 
+def test_without_a_home_the_cache_must_be_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as of a user without a home
+    with pytest.raises(ValueError, match=r"data\.cache_dir: ~/c: this user has no home"):
+        prepare(config(tmp_path, [turn(0)], cache_dir="~/c"), FakeChat(), quiet=True)
+
+
 # ---- too long
 
 
