@@ -17,7 +17,7 @@ from posttrain.data.progress import PrepareProgress
 from posttrain.data.report import Report, SourceReport
 from posttrain.data.rows import Defect
 from posttrain.data.sources import Block, find_files, read_blocks, size_of
-from posttrain.data.tokenise import Job, Result, Task
+from posttrain.data.tokenise import TOO_LONG, Job, Result, Task
 from posttrain.data.workers import run_tasks, worker_count
 
 _LISTED = 50  # bad rows that an error repeats
@@ -32,14 +32,17 @@ class BadRows(ValueError):
         bad = len({(d.file, d.line) for d in defects})
         lines = [f"{bad:,} of {rows:,} rows are bad:", *map(str, defects[:_LISTED])]
         if len(defects) > _LISTED:
-            kinds = Counter(d.found.split(":")[0] for d in defects).most_common(5)
+            kinds = Counter(
+                TOO_LONG if TOO_LONG in d.found else d.found.split(":")[0] for d in defects
+            ).most_common(5)
             shown = ", ".join(f"{count:,} x {kind}" for kind, count in kinds)
             lines.append(f"... and {len(defects) - _LISTED:,} more ({shown})")
         if rendered := next((d.rendered for d in defects if d.rendered), ""):
             lines.append(f"what the template made of the first row that it refuses:\n{rendered}")
-        lines.append(
-            "`posttrain data check` lists them all; data.on_bad_row: skip leaves them out, counted"
-        )
+        hint = "`posttrain data check` lists them all"
+        if any(TOO_LONG not in d.found for d in defects):  # skip does not apply to long rows
+            hint += "; data.on_bad_row: skip leaves them out, counted"
+        lines.append(hint)
         super().__init__("\n".join(lines))
 
 

@@ -16,6 +16,9 @@ from posttrain.data.rows import Defect, RowError
 from posttrain.data.sources import Block
 from posttrain.types import Conversation, Example, Sample
 
+TOO_LONG = "over data.seq_len"
+"""In the `found` of a row that is too long."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -136,7 +139,7 @@ class Job:
 
     def _over(self, file: str, line: int, example: Example) -> Defect:
         fix = "raise data.seq_len, or let data.too_long shorten, split or drop it"
-        found = f"{len(example.tokens):,} tokens, over data.seq_len ({self.seq_len:,})"
+        found = f"{len(example.tokens):,} tokens, {TOO_LONG} ({self.seq_len:,})"
         return Defect(file, line, "row", found, fix)
 
     def _fit(self, example: Example, report: SourceReport) -> list[Example]:

@@ -117,6 +117,13 @@ def test_too_long_can_be_an_error_whatever_becomes_of_bad_rows(tmp_path):
         (4, "54 tokens, over data.seq_len (32)"),
     ]
     assert not list(Path(cfg.cache_dir).glob("*/index.json"))
+    assert "on_bad_row" not in str(caught.value), "it would not help"
+
+
+def test_many_too_long_rows_are_summed_up_as_one_kind(tmp_path):
+    rows = [{"q": "q", "a": "a" * (60 + i)} for i in range(60)]
+    with pytest.raises(BadRows, match=r"and 10 more \(60 x over data\.seq_len\)"):
+        prepare(config(tmp_path, rows, seq_len=32, too_long="error"), FakeChat(), quiet=True)
 
 
 # ---- bad rows
