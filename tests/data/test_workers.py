@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -60,11 +61,12 @@ def test_threads_make_the_same_cache_in_the_same_order(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "cores", lambda: 3)
     rows = [turn(i) for i in range(600)]
     rows[401] = {"q": "x"}
-    chat = Uneven()
+    chat, thresholds = Uneven(), gc.get_threshold()
     made = prepare(config(tmp_path, rows, on_bad_row="skip"), chat, quiet=True)
     assert len(chat.threads) == 3
     assert threading.get_ident() not in chat.threads
     assert chat.parallelism == {"false"}
+    assert gc.get_threshold() == thresholds
     assert "TOKENIZERS_PARALLELISM" not in os.environ
     assert_same(made, expected([row for i, row in enumerate(rows) if i != 401]))
     assert [made.place(i)[-4:] for i in (0, 400, 401)] == ["nl:1", ":401", ":403"]
