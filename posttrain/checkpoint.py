@@ -101,7 +101,13 @@ def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
         )
     marker = run_dir / "semantic.json"
     if marker.exists():
-        _refuse_another_config(run_dir, json.loads(marker.read_text()), cfg, bool(steps))
+        grown = _refuse_another_config(run_dir, json.loads(marker.read_text()), cfg, bool(steps))
+        for key, was, now in grown if is_primary() else ():
+            print(
+                f"{key} grows from {was} to {now}: the learning rate follows the schedule of the "
+                "new length from here on, unless optim.schedule_steps fixes it",
+                flush=True,
+            )
     if is_primary():
         (run_dir / "resolved.yaml").write_text(config.resolved_yaml(cfg), encoding="utf-8")
         temporary = run_dir / "semantic.json.tmp"
@@ -110,19 +116,24 @@ def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
     return bool(steps)
 
 
-def _refuse_another_config(run_dir: Path, old: dict[str, Any], cfg: Config, begun: bool) -> None:
+def _refuse_another_config(
+    run_dir: Path, old: dict[str, Any], cfg: Config, begun: bool
+) -> list[tuple[str, Any, Any]]:
+    """(key, was, now) of the lengths that grow; ConfigError for every other semantic difference."""
     if not begun:
-        return  # nothing was trained yet: the folder may take any config
-    problems = []
+        return []  # nothing was trained yet: the folder may take any config
+    problems, grown = [], []
     for key, (was, now) in config.diff(old, cfg).items():
-        grows = was is not None and now is not None and key in EXTENDABLE and now >= was
-        if not grows:
+        if was is not None and now is not None and key in EXTENDABLE and now >= was:
+            grown.append((key, was, now))
+        else:
             problems.append(f"{key}: the run has {was!r}, this config {now!r}")
     if problems:
         raise ConfigError(
             f"{run_dir} holds a run of another config; give back the values, or choose another "
             "run_dir:\n    " + "\n    ".join(problems)
         )
+    return grown
 
 
 def saved_steps(run_dir: Path) -> list[int]:

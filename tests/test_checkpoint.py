@@ -41,10 +41,11 @@ def test_another_semantic_config_is_refused_with_its_keys(tmp_path: Path) -> Non
     assert open_run(tmp_path, Run(mesh=8), "auto") is True  # runtime keys are free
 
 
-def test_a_run_is_extended_but_not_cut(tmp_path: Path) -> None:
+def test_a_run_is_extended_but_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_run(tmp_path, Run(train=Length(steps=10)), "auto")
     touch_checkpoint(tmp_path, 10)
     assert open_run(tmp_path, Run(train=Length(steps=20)), "auto") is True
+    assert "train.steps grows from 10 to 20: the learning rate" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"train\.steps: the run has 20, this config 10"):
         open_run(tmp_path, Run(train=Length(steps=10)), "auto")
 

@@ -19,6 +19,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from posttrain.config import ConfigError
+
 
 class GenerationBlock(Extension):
     """`{% generation %}...{% endgeneration %}`: marks what the assistant writes."""
@@ -131,4 +133,4 @@ def compile_template(environment: ChatEnvironment, source: str) -> CompiledTempl
     try:
         return CompiledTemplate(environment.from_string(source))
     except jinja2.exceptions.TemplateSyntaxError as error:
-        raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
+        raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error

@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.chat.templates import TEMPLATES
+from posttrain.config import ConfigError
 
 
 def find_source(folder: Path, stored: Any, name: str | None) -> str:
     """The template's text.
 
     name: `chat.template`: None for the model's own, one of TEMPLATES, the name of one of the
-    model's several templates, or a file. stored: what tokenizer_config.json holds. ValueError
+    model's several templates, or a file. stored: what tokenizer_config.json holds. ConfigError
     where nothing is found.
     """
     own = _own_templates(folder, stored)
     if name is None:
         if "default" in own:
             return own["default"]
-        raise ValueError(
+        raise ConfigError(
             f"{folder} holds no chat template (a base model?): set chat.template to a file or to "
             f"one of {_names(TEMPLATES)}" + (f" or {_names(own)}" if own else "")
         )
@@ -30,7 +31,7 @@ def find_source(folder: Path, stored: Any, name: str | None) -> str:
     file = Path(name)
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    raise ValueError(
+    raise ConfigError(
         f"chat.template: {name!r} is neither a file nor one of {_names({**TEMPLATES, **own})}"
     )
 

@@ -17,6 +17,7 @@ import tokenizers
 
 from posttrain.chat.control import Intervals, SectionEncoder, covers, is_control
 from posttrain.chat.encoding import Encoding, LazyOffsets
+from posttrain.config import ConfigError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _NAMED += ("mask_token",)
@@ -67,9 +68,15 @@ class Tokenizer:
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(
-                f"{folder} holds no tokenizer.json; convert the tokenizer with transformers "
-                "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+            export = folder / "export" / "tokenizer.json"
+            raise ConfigError(
+                f"{folder} holds no tokenizer.json; "
+                + (
+                    f"it is a run's folder: name {export.parent}"
+                    if export.is_file()
+                    else "convert the tokenizer with transformers "
+                    "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+                )
             )
         config = _read(folder / "tokenizer_config.json")
         for name, value in _read(folder / "special_tokens_map.json").items():

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from posttrain.config import Config as Section
 from posttrain.config import ConfigError, runtime, semantic
-from posttrain.models.spec import DtypeName, ModelConfig
+from posttrain.models.spec import DtypeName, ModelConfig, Token
 from posttrain.sharding import MeshConfig
 
 
@@ -28,7 +28,9 @@ class Config(Section):
     source: str = semantic(help="model folder, hub id, or run folder (RUN or RUN@STEP)")
     out: Path = semantic(help="the folder that is written")
     dtype: DtypeName | None = semantic(None, help="of the weights written; none = the source's")
-    new_tokens: tuple[str, ...] = semantic((), help="special tokens to add (not to a run's model)")
+    new_tokens: tuple[Token, ...] = semantic(
+        (), help="special tokens to add (not to a run's model)"
+    )
     vocab_multiple: int = semantic(
         1, ge=1, help="pad the vocabulary to a multiple; rows added are the mean of the old"
     )
@@ -61,6 +63,8 @@ def run(cfg: Config) -> int:
     with jax.set_mesh(mesh):
         is_run = (run_dir / "resolved.yaml").is_file()
         source = _of_run(cfg, run_dir, mesh) if is_run else _of_folder(cfg, mesh)
+        if cfg.out.exists() and not cfg.out.is_dir():
+            raise ConfigError(f"out is {cfg.out}, a file: choose a folder")
         if cfg.out.resolve() == source.folder.resolve():
             raise ConfigError(f"out is {cfg.out}, the folder that is read: choose another")
         hf.save(

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from posttrain.config import ConfigError
 from posttrain.models.keys import Slices
 from posttrain.models.spec import read_json
 
@@ -27,13 +28,13 @@ _DTYPES = {
 def local_folder(path: str) -> Path:
     """The folder of a model: `path` itself, or a download where it is a hub id (owner/name).
 
-    Raises ValueError where it is neither, or where the hub cannot be reached.
+    Raises ConfigError where it is neither, ValueError where the hub cannot be reached.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ValueError(f"model path {path!r}: no such folder, and not a hub id (owner/name)")
+        raise ConfigError(f"model path {path!r}: no such folder, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]

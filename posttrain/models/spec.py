@@ -12,13 +12,16 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from posttrain.config import Config, runtime, semantic
 
 RematName = Literal["none", "full", "dots", "dots_batch"]
 AttentionName = Literal["auto", "reference", "chunked", "cudnn", "splash"]
 DtypeName = Literal["float32", "bfloat16"]
+Token = Annotated[str, Field(min_length=1)]
 
 
 class ModelConfig(Config):
@@ -27,8 +30,8 @@ class ModelConfig(Config):
     path: str = semantic(help="Hugging Face model folder, or a hub id (owner/name) when online")
     random_init: bool = semantic(False, help="random weights from config.json alone")
     init_seed: int = semantic(0, help="seed of random_init")
-    new_tokens: tuple[str, ...] = semantic((), help="special tokens to add to the vocabulary")
-    vocab_multiple: int = runtime(
+    new_tokens: tuple[Token, ...] = semantic((), help="special tokens to add to the vocabulary")
+    vocab_multiple: int = semantic(
         128, ge=1, help="vocabulary rows are padded to a multiple; the softmax never sees them"
     )
     param_dtype: DtypeName = semantic("float32", help="dtype of the weights that are trained")

@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.models import read_spec
 from posttrain.models.layers import rope_frequencies
-from posttrain.models.spec import Rope, Spec
+from posttrain.models.spec import ModelConfig, Rope, Spec
 from tests.models.tiny import CONFIGS, write_config
 
 LLAMA3 = {
@@ -136,3 +136,8 @@ def test_parameters_are_counted(tmp_path: Path) -> None:
     assert spec_of(tmp_path).parameters == 2 * layer + 2 * 160 * 64 + 64
     padded = spec_of(tmp_path).with_vocab(161, 128)
     assert (padded.vocab_size, padded.vocab_rows) == (161, 256)
+
+
+def test_an_empty_token_is_no_token() -> None:
+    with pytest.raises(ValueError, match="at least 1 character"):
+        ModelConfig(path="x", new_tokens=("<a>", ""))
