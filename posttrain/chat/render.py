@@ -15,6 +15,7 @@ from posttrain.chat.control import Intervals
 from posttrain.chat.jinja import ChatEnvironment, compile_template
 from posttrain.chat.shapes import Lost, lost_fields, shape_messages, shapes_for
 from posttrain.chat.spans import PREFIX, SWITCH, Prompt, Span
+from posttrain.chat.steady import Known, Structure, is_steady, structure_of
 from posttrain.chat.trace import Trace, TracedEnvironment, wrap_messages, wrap_tools
 from posttrain.chat.traced import FIELD, LITERAL, ROLE
 from posttrain.types import Conversation
@@ -29,6 +30,7 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
 )
 _ROLE = re.compile(r"[a-z_]+")
+_STRUCTURES = 256  # remembered; conversations of ever new lengths must not fill the memory
 _PROSE = ("content", "reasoning_content", "thinking")
 
 
@@ -105,7 +107,10 @@ class Renderer:
         self._traced = TracedEnvironment(source, date, tokens)
         self._lock = threading.Lock()
         self.literals = self._traced.texts
-        names = sorted(meta.find_undeclared_variables(environment.parse(source)))
+        tree = environment.parse(source)
+        self._steady = is_steady(tree)
+        self._known: dict[tuple[bool, Structure], Known] = {}
+        names = sorted(meta.find_undeclared_variables(tree))
         self.switches = [
             {name: value} for name in names if "think" in name for value in (True, False)
         ]
@@ -122,6 +127,13 @@ class Renderer:
             **self._kwargs,
             **conversation.template_kwargs,
         }
+        plain = self._steady and not tools and not conversation.template_kwargs
+        structure = structure_of(conversation.messages) if plain else None
+        key = None if structure is None else (prompt, structure)
+        if key in self._known:
+            reused = self._refill(self._known[key], conversation, variables)
+            if reused is not None:
+                return reused
         wrapped_tools = wrap_tools(tools) if tools else None
         best: Rendered | None = None
         problem: Exception | None = None
@@ -146,10 +158,25 @@ class Renderer:
                 roles = [str(message.get("role")) for message in messages]
                 best = Rendered(messages, roles, trace, lost, variables)
             if not lost:
+                if key is not None and len(self._known) < _STRUCTURES:
+                    known = Known.of(trace, messages)
+                    if known is not None:
+                        self._known[key] = known
                 break
         if best is None:
             raise ChatError(f"the chat template refuses the conversation: {problem}")
         return best
+
+    def _refill(
+        self, known: Known, conversation: Conversation, variables: Mapping[str, Any]
+    ) -> Rendered | None:
+        """The rendering by the trace of another conversation of the same structure."""
+        messages = shape_messages(conversation.messages, shapes_for(conversation.messages)[0])
+        trace = known.fill(messages, self._template.render({**variables, "messages": messages}))
+        if trace is None:
+            return None
+        roles = [message["role"] for message in messages]
+        return Rendered(messages, roles, trace, [], variables)
 
     def prompts(self, part: Rendered, index: int) -> list[Prompt]:
         """What the model would be asked with at message `index`: the rendering of what comes
