@@ -157,7 +157,9 @@ def _muon(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(lambda path, _: dims.get(_names(path)[-1]), params)
 
     def labels(params: Any) -> Any:
-        kind = lambda path, _: "muon" if _names(path)[-1] in dims else "adam"  # noqa: E731
+        def kind(path: tuple[Any, ...], _: Any) -> str:
+            return "muon" if _names(path)[-1] in dims else "adam"
+
         return jax.tree_util.tree_map_with_path(kind, params)
 
     # optax.contrib.muon's own Adam has Nesterov momentum and decays norms: ours takes the rest

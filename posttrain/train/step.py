@@ -121,5 +121,8 @@ def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> A
     if batch.tokens.shape[0] == 1:
         return function(first)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
-    add = lambda acc, micro: (jax.tree.map(jnp.add, acc, function(micro)), None)  # noqa: E731
+
+    def add(acc: Any, micro: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, acc, function(micro)), None
+
     return jax.lax.scan(add, zero, batch)[0]
