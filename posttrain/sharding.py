@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posttrain.config import Config, ConfigError, runtime
-from posttrain.types import Batch, Mean, TokenOutputs
+from posttrain.types import Batch, Mean, Terms, TokenOutputs
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -34,7 +34,7 @@ LOGICAL_RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
 }
 
-for _type in (Batch, TokenOutputs, Mean):
+for _type in (Batch, TokenOutputs, Mean, Terms):
     jax.tree_util.register_dataclass(
         _type, data_fields=[f.name for f in dataclasses.fields(_type)], meta_fields=[]
     )

@@ -1,6 +1,6 @@
 """Every type that crosses a folder. numpy only: the data tools run without JAX.
 
-What flows: Conversation | Text -> Example -> Batch -> TokenOutputs -> (Mean, dict[str, Mean]).
+What flows: Conversation | Text -> Example -> Batch -> TokenOutputs -> Terms -> dict[str, Mean].
 
 Shape suffixes: A micro-batches of a step, B rows, T positions of a row, S segments of a row.
 
@@ -45,6 +45,15 @@ Sample = Conversation | Text
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt: both sides conversations that open with the same messages (whose
+    assistant messages have weight 0: only the answers are trained), or texts with one prompt."""
+
+    chosen: Sample
+    rejected: Sample
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One tokenised sequence. loss_weights[t] is the weight of token t as a target."""
 
@@ -66,6 +75,10 @@ class Batch:
     loss_weights: Any  # float32 [A, B, T]
     example_ids: Any  # int32 [A, B, S]; index into the cache, -1 where there is no segment
     source_ids: Any  # int32 [A, B, S]; index into the plan's source names, -1 likewise
+    # Of preference pairs, None elsewhere. Both sides of a pair lie in one micro-batch, in any rows.
+    pair_ids: Any = None  # int32 [A, B, S]; number of the pair in its micro-batch, -1 likewise
+    chosen: Any = None  # bool [A, B, S]; the segment is the chosen side of its pair
+    reference_logps: Any = None  # float32 [A, B, T]; of trained tokens by the reference, else 0
 
 
 @dataclass(frozen=True)
@@ -91,3 +104,16 @@ class Mean:
     def value(self) -> Any:
         """total / count; NaN where the count is 0 (there is no average of nothing)."""
         return self.total / self.count if self.count else float("nan")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a loss makes of one micro-batch: sum(weights * values) / sum(weights), over the step.
+
+    The three arrays have one shape: [B, T] where the terms are tokens, [P] where they are pairs.
+    """
+
+    values: Any  # float32
+    weights: Any  # float32; 0 where there is no term
+    source_ids: Any  # int32; the source a term belongs to, -1 for none
+    metrics: dict[str, Mean]

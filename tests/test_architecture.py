@@ -27,10 +27,10 @@ RANKS = {
     "jobs": 7,
     "cli": 8,
 }
-# folder -> (its dict literal, files that only help the registered ones)
+# folder -> (its dict literals, files that only help the registered ones)
 REGISTRIES = {
-    "losses": ("LOSSES", set()),
-    "data/formats": ("FORMATS", {"base"}),
+    "losses": (("LOSSES", "PAIR_LOSSES"), {"pairs"}),
+    "data/formats": (("FORMATS",), {"base"}),
 }
 NOT_FOR_CONFIG_MODULES = {
     "flax",
@@ -122,16 +122,18 @@ def test_every_module_is_reached_from_a_command():
 
 @pytest.mark.parametrize("folder", list(REGISTRIES))
 def test_every_file_of_a_registry_is_registered(folder):
-    name, helpers = REGISTRIES[folder]
+    names, helpers = REGISTRIES[folder]
     init = PACKAGE / folder / "__init__.py"
-    literal = next(
-        node.value
+    assigned = {
+        ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target): node.value
         for node in tree_of(init).body
         if isinstance(node, ast.Assign | ast.AnnAssign)
-        and name in ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-    )
-    assert isinstance(literal, ast.Dict), f"{name} must be a dict literal"
-    values = {ast.unparse(value).split(".")[0] for value in literal.values}
+    }
+    values = set()
+    for name in names:
+        literal = assigned[name]
+        assert isinstance(literal, ast.Dict), f"{name} must be a dict literal"
+        values |= {ast.unparse(value).split(".")[0] for value in literal.values}
     sources = {
         alias.asname or alias.name: node.module.rpartition(".")[2]
         for node in tree_of(init).body

@@ -24,24 +24,43 @@ class Examples(Protocol):
     def read(self, ids: Sequence[int], /) -> list[Example]: ...
 
 
+@runtime_checkable
+class Reference(Protocol):
+    """What a reference model said of the same examples; read from several threads at once."""
+
+    def read(self, ids: Sequence[int], /) -> list[np.ndarray]:
+        """Per example, float32 [trained tokens]: their log-probabilities, in order."""
+        ...
+
+
 def make_rows(
     examples: Examples,
     layout: Int[np.ndarray, "*rows S"],
     source_ids: Int[np.ndarray, " N"],
     seq_len: int,
+    *,
+    pair_ids: Int[np.ndarray, "*rows S"] | None = None,
+    reference: Reference | None = None,
 ) -> Batch:
     """The arrays of the rows whose segments' example ids are `layout` (-1: no segment).
 
     Segments lie one after another from position 0, the padding is at the end. The first token of a
     segment has nothing before it to be predicted from: its weight is 0 whatever the example says.
     All examples are asked for at once: a cache reads many together faster than one by one.
+
+    With `pair_ids` (see pair_numbers) the examples are sides of pairs: even ids are the chosen
+    ones. Without `reference` the batch has no reference_logps. Raises ValueError where an example,
+    or what the reference said of it, is not as long as it was.
     """
     shape = (*layout.shape[:-1], seq_len)
     tokens, positions, segments = (
         np.zeros((layout[..., 0].size, seq_len), np.int32) for _ in "tps"
     )
     weights = np.zeros(tokens.shape, np.float32)
-    read = iter(examples.read(layout[layout >= 0].tolist()))
+    logps = None if reference is None else np.zeros(tokens.shape, np.float32)
+    ids = layout[layout >= 0].tolist()
+    read = iter(examples.read(ids))
+    said = iter([] if reference is None else reference.read(ids))
     for row, members in enumerate(layout.reshape(-1, layout.shape[-1])):
         start = 0
         for segment, i in enumerate(members[members >= 0].tolist(), 1):
@@ -56,6 +75,8 @@ def make_rows(
             weights[row, start + 1 : end] = example.loss_weights[1:]
             positions[row, start:end] = np.arange(end - start)
             segments[row, start:end] = segment
+            if logps is not None:
+                _scatter(next(said), weights[row, start:end] > 0, logps[row, start:end], i)
             start = end
     return Batch(
         tokens=tokens.reshape(shape),
@@ -64,7 +85,35 @@ def make_rows(
         loss_weights=weights.reshape(shape),
         example_ids=layout,
         source_ids=np.where(layout >= 0, source_ids[layout], -1).astype(np.int32),
+        pair_ids=pair_ids,
+        chosen=None if pair_ids is None else (layout >= 0) & (layout % 2 == 0),
+        reference_logps=None if logps is None else logps.reshape(shape),
     )
+
+
+def _scatter(values: np.ndarray, trained: np.ndarray, out: np.ndarray, example: int) -> None:
+    """The reference's values to the trained tokens' places."""
+    if len(values) != (count := int(trained.sum())):
+        raise ValueError(
+            f"example {example} has {count} trained tokens, but the reference's log-probabilities "
+            f"are of {len(values)}: they belong to other data; remove them, to be made again"
+        )
+    out[trained] = values
+
+
+def pair_numbers(layout: Int[np.ndarray, "A B S"]) -> Int[np.ndarray, "A B S"]:
+    """int32: which pair of its micro-batch each segment is a side of, from 0; -1: no segment.
+
+    From the whole layout, of which a process builds a part: both sides have the same number
+    wherever they lie. A pair that is there twice is two pairs.
+    """
+    out = np.full(layout.shape, -1, np.int32)
+    for micro, numbers in zip(layout, out, strict=True):
+        for side in (0, 1):
+            at = np.nonzero((micro >= 0) & (micro % 2 == side))
+            by_pair = np.argsort(micro[at], kind="stable")
+            numbers[at[0][by_pair], at[1][by_pair]] = np.arange(len(by_pair))
+    return out
 
 
 class Pipeline:
@@ -83,6 +132,7 @@ class Pipeline:
         *,
         start: int = 0,
         rows: Sequence[int] | None = None,
+        reference: Reference | None = None,
     ):
         import grain  # here, since it imports jax
 
@@ -91,7 +141,7 @@ class Pipeline:
         self.seconds_waited = 0.0
         self.next_step = start
         self._closed = False
-        self._examples, self._plan = examples, plan
+        self._examples, self._plan, self._reference = examples, plan, reference
         self._rows = None if rows is None else np.asarray(rows, np.int64)
         threads = plan.batch.threads
         options = grain.ReadOptions(
@@ -136,11 +186,17 @@ class Pipeline:
         """The step's batch, or the error: an IndexError or StopIteration that went through the
         iterators between here and the caller would be taken for the end of the data."""
         try:
-            layout = self._plan.layout(step)
-            if self._rows is not None:
-                layout = layout[:, self._rows]
-            source_ids = self._plan.index.source_ids
-            return make_rows(self._examples, layout, source_ids, self._plan.seq_len)
+            plan, rows = self._plan, slice(None) if self._rows is None else self._rows
+            layout = plan.layout(step)
+            pair_ids = pair_numbers(layout)[:, rows] if plan.sides == 2 else None
+            return make_rows(
+                self._examples,
+                layout[:, rows],
+                plan.index.source_ids,
+                plan.seq_len,
+                pair_ids=pair_ids,
+                reference=self._reference,
+            )
         except Exception as error:
             error.add_note(f"while the batch of step {step} was built")
             return error

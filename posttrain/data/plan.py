@@ -70,6 +70,11 @@ class Index(Protocol):
     @property
     def source_names(self) -> list[str]: ...
 
+    @property
+    def sides(self) -> int:
+        """1: samples. 2: pairs; examples 2p and 2p + 1 are pair p's chosen and rejected side."""
+        ...
+
 
 @dataclass(frozen=True)
 class _Epoch:
@@ -114,7 +119,7 @@ class Plan:
         if not len(index.lengths):
             raise ValueError("the data set has no examples")
         self.index, self.batch, self.seq_len, self.seed = index, batch, seq_len, seed
-        self.batch_shards = batch_shards
+        self.batch_shards, self.sides = batch_shards, index.sides
         self._repeats = self._mixture(sources)
         self.repeats = dict(zip(index.source_names, self._repeats.tolist(), strict=True))
 

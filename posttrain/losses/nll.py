@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from posttrain.config import Config
-from posttrain.types import Batch, Mean, TokenOutputs
+from posttrain.types import Batch, Mean, Terms, TokenOutputs
 
 
 class NLL(Config):
@@ -22,8 +22,8 @@ class NLL(Config):
 
     needs: ClassVar[frozenset[str]] = frozenset({"logps", "entropy", "correct"})
 
-    def __call__(self, outputs: TokenOutputs, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        """Arrays of shape [B, T].
+    def __call__(self, outputs: TokenOutputs, batch: Batch) -> Terms:
+        """A term per token, [B, T].
 
         Metrics, over trained tokens (weight > 0), each counted once whatever its weight: entropy
         (nats) and mean_token_accuracy (share of targets that were the most probable token).
@@ -34,15 +34,11 @@ class NLL(Config):
             "entropy": Mean((outputs.entropy * trained).sum(), trained.sum()),
             "mean_token_accuracy": Mean((outputs.correct * trained).sum(), trained.sum()),
         }
-        return Mean(-(outputs.logps * weights).sum(), weights.sum()), metrics
+        return Terms(-outputs.logps, weights, _sources(batch), metrics)
 
 
-def nll_by_source(outputs: TokenOutputs, batch: Batch, sources: int) -> Mean:
-    """The same mean of each data source apart: totals and counts of shape [sources]."""
+def _sources(batch: Batch) -> Int[Array, "B T"]:
+    """The source of each token, -1 on padding."""
     segment_BT = jnp.maximum(batch.segment_ids - 1, 0)
     source_BT = jnp.take_along_axis(batch.source_ids, segment_BT, axis=1)
-    weights = jnp.where(batch.segment_ids > 0, batch.loss_weights, 0.0)
-
-    chosen = [jnp.where(source_BT == source, weights, 0.0) for source in range(sources)]
-    totals = jnp.stack([-(outputs.logps * w).sum() for w in chosen])
-    return Mean(totals, jnp.stack([w.sum() for w in chosen]))
+    return jnp.where(batch.segment_ids > 0, source_BT, -1)

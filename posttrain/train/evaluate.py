@@ -12,6 +12,7 @@ import jax
 
 from posttrain import metrics as reporting
 from posttrain.chat.tokenizer import Tokenizer
+from posttrain.data.pipeline import Reference
 from posttrain.data.plan import Plan
 from posttrain.train.config import EvalConfig
 from posttrain.train.offline import OfflineSource
@@ -28,15 +29,19 @@ class HeldOut:
     name: str
     cache: Any
     plan: Plan
-    step: Callable[[Any, Any], reporting.Metrics]
+    step: Callable[..., reporting.Metrics]
+    reference: Reference | None = None  # what it said of the set's examples, where it is cached
 
-    def measure(self, params: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
-        """Means over every trained token of the set: eval/<name>/{loss, entropy, ...}."""
-        source = OfflineSource(self.cache, self.plan, mesh)
+    def measure(self, params: Any, mesh: jax.sharding.Mesh, live: Any = None) -> dict[str, float]:
+        """Means over the whole set: eval/<name>/{loss, entropy, ...}.
+
+        live: the parameters of a live reference.
+        """
+        source = OfflineSource(self.cache, self.plan, mesh, reference=self.reference)
         total = None
         try:
             for _ in range(self.plan.steps):
-                found = self.step(params, source.next())
+                found = self.step(params, source.next(), live)
                 total = found if total is None else jax.tree.map(lambda a, b: a + b, total, found)
         finally:
             source.close()
@@ -64,9 +69,10 @@ def write_samples(
 ) -> None:  # fmt: skip
     """Answers to the set's first prompts, as JSON lines: prompt, answer, expected.
 
-    All processes generate; process 0 writes.
+    Of a pair, the chosen side is what is expected. All processes generate; process 0 writes.
     """
-    examples = [held_out.cache[i] for i in range(min(cfg.samples, len(held_out.cache)))]
+    ids = range(0, len(held_out.cache), held_out.plan.sides)[: cfg.samples]
+    examples = [held_out.cache[i] for i in ids]
     examples = [e for e in examples if prompt_of(e)]  # plain text has nothing to ask
     if not examples:
         return

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from posttrain import sharding
-from posttrain.data.pipeline import Pipeline
+from posttrain.data.pipeline import Pipeline, Reference
 from posttrain.data.plan import Plan
 from posttrain.train.throughput import StepSize
 from posttrain.types import Batch
@@ -39,12 +39,23 @@ def to_mesh(batch: Batch, mesh: jax.sharding.Mesh, rows: list[int], total_rows: 
 
 
 class OfflineSource:
-    """The batches of a plan from step `start` on, each a function of its number alone."""
+    """The batches of a plan from step `start` on, each a function of its number alone.
 
-    def __init__(self, examples: Any, plan: Plan, mesh: jax.sharding.Mesh, start: int = 0):
+    With a `reference` they hold what it said of their tokens.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        plan: Plan,
+        mesh: jax.sharding.Mesh,
+        start: int = 0,
+        *,
+        reference: Reference | None = None,
+    ):
         self._mesh, self._plan = mesh, plan
         self._rows = local_rows(mesh, plan.micro_rows)
-        self._pipeline = Pipeline(examples, plan, rows=self._rows, start=start)
+        self._pipeline = Pipeline(examples, plan, rows=self._rows, start=start, reference=reference)
 
     @property
     def waited(self) -> float:
@@ -62,11 +73,11 @@ class OfflineSource:
 
 
 def step_size(plan: Plan, step: int) -> StepSize:
-    """What step `step` of the plan holds."""
+    """What step `step` of the plan holds; of pairs, both sides count, and a pair is an example."""
     ids = plan.examples(step)
     lengths = plan.index.lengths[ids].astype(np.int64)
     return StepSize(
-        examples=len(ids),
+        examples=len(ids) // plan.sides,
         tokens=int(lengths.sum()),
         trained=int(plan.index.trained[ids].sum()),
         positions=plan.rows * plan.seq_len,

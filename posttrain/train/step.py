@@ -7,6 +7,7 @@ the number of hosts add the same numbers in another order, and change nothing el
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,11 @@ import optax
 from flax import nnx
 
 from posttrain import sharding
-from posttrain.losses.nll import nll_by_source
 from posttrain.metrics import Metrics
 from posttrain.models.head import token_outputs
 from posttrain.optim import Schedule
 from posttrain.train.state import TrainState
-from posttrain.types import Batch, Mean
+from posttrain.types import Batch, Mean, Terms, TokenOutputs
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,32 @@ class Forward:
     """
 
     graphdef: Any
-    loss: Any  # one of losses.LOSSES
+    loss: Any  # one of losses.LOSSES or losses.PAIR_LOSSES
     mesh: jax.sharding.Mesh
     budget: int
     head_chunk: int
     sources: int
 
-    def __call__(self, params: Any, micro: Batch) -> tuple[Mean, Metrics]:
-        """(loss, metrics) of one micro-batch [B, T]."""
+    def __call__(self, params: Any, micro: Batch, reference: Any = None) -> tuple[Mean, Metrics]:
+        """(loss, metrics) of one micro-batch [B, T].
+
+        `reference`: the parameters of a live reference, whose log-probabilities take the place of
+        micro.reference_logps where the loss needs them.
+        """
+        if reference is not None and "reference_logps" in self.loss.needs:
+            said = self.outputs(jax.lax.stop_gradient(reference), micro)
+            micro = dataclasses.replace(micro, reference_logps=said.logps)
+        terms: Terms = self.loss(self.outputs(params, micro, self.loss.needs), micro)
+        loss = Mean((terms.values * terms.weights).sum(), terms.weights.sum())
+        return loss, {**terms.metrics, "loss": loss, "loss_by_source": self._by_source(terms)}
+
+    def outputs(
+        self, params: Any, micro: Batch, needs: frozenset[str] = frozenset()
+    ) -> TokenOutputs:
+        """What a model of these parameters says of the trained tokens: logps, and more by needs."""
         model = nnx.merge(self.graphdef, params)
         hidden_BTD = model.hidden(micro.tokens, micro.positions, micro.segment_ids)
-        outputs = token_outputs(
+        return token_outputs(
             hidden_BTD,
             model.head_kernel(),
             micro.tokens,
@@ -53,12 +68,18 @@ class Forward:
             budget=self.budget,
             vocab_size=model.spec.vocab_size,
             chunk=self.head_chunk,
-            entropy="entropy" in self.loss.needs,
-            correct="correct" in self.loss.needs,
+            entropy="entropy" in needs,
+            correct="correct" in needs,
         )
-        loss, metrics = self.loss(outputs, micro)
-        by_source = nll_by_source(outputs, micro, self.sources)
-        return loss, {**metrics, "loss": loss, "loss_by_source": by_source}
+
+    def _by_source(self, terms: Terms) -> Mean:
+        """The loss of each data source apart: totals and counts of shape [sources]."""
+        weights = [
+            jnp.where(terms.source_ids == source, terms.weights, 0.0)
+            for source in range(self.sources)
+        ]
+        totals = jnp.stack([(terms.values * w).sum() for w in weights])
+        return Mean(totals, jnp.stack([w.sum() for w in weights]))
 
 
 def train_step_fn(
@@ -67,8 +88,11 @@ def train_step_fn(
     rate: Schedule,
     clip_norm: float | None,
     state: TrainState,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Jitted (state, batch) -> (state, metrics); the state's buffers are donated.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Jitted (state, batch, reference=None) -> (state, metrics); the state's buffers are donated.
+
+    reference: the parameters of a live reference; None where the loss needs none or batches hold
+    what it said. They are neither changed nor donated.
 
     `state` gives the layout (arrays or abstract): gradients and the new state keep it, so that the
     second call finds the shardings that the first was compiled for. Metrics are of the parameters
@@ -77,18 +101,21 @@ def train_step_fn(
 
     layout = jax.tree.map(lambda x: x.sharding, state)
 
-    def total(params: Any, micro: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, metrics = forward(params, micro)
+    def total(
+        params: Any, micro: Batch, reference: Any
+    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        loss, metrics = forward(params, micro, reference)
         return loss.total, (loss.count, metrics)
 
-    def micro_grads(params: Any, micro: Batch) -> tuple[Any, jax.Array, Metrics]:
-        (_, (count, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params, micro)
+    def micro_grads(params: Any, micro: Batch, reference: Any) -> tuple[Any, jax.Array, Metrics]:
+        run = jax.value_and_grad(total, has_aux=True)
+        (_, (count, metrics)), grads = run(params, micro, reference)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.lax.with_sharding_constraint(grads, layout.params), count, metrics
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, reference: Any = None) -> tuple[TrainState, Metrics]:
         grads, count, metrics = _sum_over_micro_batches(
-            lambda micro: micro_grads(state.params, micro), batch
+            lambda micro: micro_grads(state.params, micro, reference), batch
         )
         grads = jax.tree.map(lambda g: g / count, grads)
         norm = optax.tree.norm(grads)
@@ -106,11 +133,11 @@ def train_step_fn(
     )
 
 
-def eval_step_fn(forward: Forward) -> Callable[[Any, Batch], Metrics]:
-    """Jitted (params, batch) -> metrics as Means, to be added over batches."""
+def eval_step_fn(forward: Forward) -> Callable[..., Metrics]:
+    """Jitted (params, batch, reference=None) -> metrics as Means, to be added over batches."""
 
-    def step(params: Any, batch: Batch) -> Metrics:
-        return _sum_over_micro_batches(lambda micro: forward(params, micro)[1], batch)
+    def step(params: Any, batch: Batch, reference: Any = None) -> Metrics:
+        return _sum_over_micro_batches(lambda micro: forward(params, micro, reference)[1], batch)
 
     return jax.jit(step, out_shardings=sharding.replicated(forward.mesh))
 

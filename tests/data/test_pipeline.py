@@ -24,6 +24,7 @@ class FakeCache:
         self.trained = self.lengths - 1
         self.source_ids = (np.arange(n) % 3).astype(np.int32)
         self.source_names = ["a", "b", "c"]
+        self.sides = 1
 
     def read(self, ids) -> list[Example]:
         return [self[i] for i in ids]

@@ -18,6 +18,7 @@ class FakeIndex:
     trained: np.ndarray
     source_ids: np.ndarray
     source_names: list[str]
+    sides: int = 1
 
 
 def make_index(n: int, seed: int = 0, longest: int = 60, sources: int = 1) -> FakeIndex:
