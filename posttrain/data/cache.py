@@ -7,6 +7,7 @@ taken for a cache, and of two that prepare at once the first to finish wins.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import numpy as np
 from posttrain.data.report import Report
 from posttrain.types import Example
 
-VERSION = 1
+VERSION = 2
 INDEX = "index.json"  # written last; a folder without it is not a cache
 REPORT = "report.json"
 ARRAYS = {"lengths": "i4", "trained": "i4", "source_ids": "i4", "file_ids": "i4", "lines": "i8"}
@@ -35,12 +36,15 @@ class Cache:
     """Random access to prepared examples, from any thread.
 
     lengths int32 [N] tokens; trained int32 [N] tokens with weight > 0; source_ids int32 [N], into
-    source_names.
+    source_names. sides: 1; 2 where examples 2p and 2p + 1 are the chosen and the rejected side of
+    pair p. content: a hash of every token and weight, in order.
     """
 
     def __init__(self, folder: Path, index: dict[str, Any], arrays: dict[str, np.ndarray]):
         self.folder = folder
         self.fingerprint: str = index["fingerprint"]
+        self.sides: int = index["sides"]
+        self.content: str = index["content"]
         self.source_names: list[str] = index["source_names"]
         self.lengths = arrays["lengths"]
         self.trained = arrays["trained"]
@@ -137,10 +141,18 @@ def _decode(record: bytes) -> Example:
 class CacheWriter:
     """Writes one cache beside its final place; `finish` puts it there. Use as a context."""
 
-    def __init__(self, folder: Path, source_names: Sequence[str], shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self,
+        folder: Path,
+        source_names: Sequence[str],
+        shard_bytes: int = SHARD_BYTES,
+        *,
+        sides: int = 1,
+    ):
         self.folder = folder
         self.source_names = list(source_names)
-        self._shard_bytes = shard_bytes
+        self._shard_bytes, self._sides = shard_bytes, sides
+        self._content = hashlib.blake2b(digest_size=16)
         self._parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
         self._files: dict[str, int] = {}
         self._shards: list[dict[str, Any]] = []
@@ -169,7 +181,9 @@ class CacheWriter:
         source_id: int,
         file: str,
     ) -> None:
-        """Examples of one file, one after another in `tokens` and `weights` [sum(lengths)]."""
+        """Examples of one file, one after another in `tokens` and `weights` [sum(lengths)]; of
+        pairs the chosen side, then the rejected one."""
+        assert len(lengths) % self._sides == 0, "half a pair"
         if not len(lengths):
             return
         ends = np.cumsum(lengths)
@@ -177,6 +191,7 @@ class CacheWriter:
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             record = tokens[start:end].tobytes() + weights[start:end].tobytes()
             self._shard().write(record)
+            self._content.update(record)
             self._written += len(record)
             self._shards[-1]["examples"] += 1
         file_id = self._files.setdefault(file, len(self._files))
@@ -196,14 +211,18 @@ class CacheWriter:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        for name, parts in self._parts.items():
-            np.save(self._temporary / f"{name}.npy", np.concatenate(parts))
+        arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
+        for name, values in arrays.items():
+            np.save(self._temporary / f"{name}.npy", values)
+        self._content.update(arrays["lengths"].tobytes())  # where each record ends
         for shard in self._shards:
             shard["bytes"] = (self._temporary / shard["name"]).stat().st_size
         report.save(self._temporary / REPORT)
         index = {
             "version": VERSION,
             "fingerprint": fingerprint,
+            "sides": self._sides,
+            "content": self._content.hexdigest(),
             "examples": sum(shard["examples"] for shard in self._shards),
             "source_names": self.source_names,
             "files": list(self._files),

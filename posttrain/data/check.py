@@ -19,14 +19,17 @@ class Checked:
     rows: int
 
 
-def check(cfg: DataConfig, chat: ChatTemplate | None, *, quiet: bool = True) -> Checked:
-    """Reads every row of every source.
+def check(
+    cfg: DataConfig, chat: ChatTemplate | None, *, pairs: bool = False, quiet: bool = True
+) -> Checked:
+    """Reads every row of every source: samples, or `pairs`.
 
     With `chat`, rows are also rendered and tokenised: what the template refuses is a defect too.
     Raises ValueError for sources that cannot be read at all.
     """
     files = files_of(cfg)
-    report = Report("", cfg.seq_len, cfg.too_long, {name: SourceReport() for name in cfg.sources})
+    empty = {name: SourceReport() for name in cfg.sources}
+    report = Report("", cfg.seq_len, cfg.too_long, empty, pairs=pairs)
     defects: list[Defect] = []
     for result in run(cfg, chat, files, report, title="check", shown=not quiet):
         defects += sorted(result.defects + result.too_long, key=lambda defect: defect.line)

@@ -26,7 +26,9 @@ _LIBRARIES = ("tokenizers", "jinja2")
 _SETTLED = 2.0  # seconds after which a changed file must show another time of change
 
 
-def fingerprint(cfg: DataConfig, chat: ChatTemplate, files: dict[str, list[str]]) -> str:
+def fingerprint(
+    cfg: DataConfig, chat: ChatTemplate, files: dict[str, list[str]], *, pairs: bool = False
+) -> str:
     """32 hex digits. `files`: source name -> its files; digests are remembered in cache_dir."""
     memory = Path(cfg.cache_dir).expanduser() / "digests"
     sources = [
@@ -41,7 +43,7 @@ def fingerprint(cfg: DataConfig, chat: ChatTemplate, files: dict[str, list[str]]
     ]
     parts = {
         "sources": sources,
-        "settings": [cfg.seq_len, cfg.too_long, cfg.on_bad_row],
+        "settings": [cfg.seq_len, cfg.too_long, cfg.on_bad_row, pairs],
         "chat": chat.fingerprint(),
         "code": _code(),
         "libraries": [version(name) for name in _LIBRARIES],

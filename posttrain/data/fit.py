@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from posttrain.chat.config import ChatConfig
 from posttrain.data.config import TooLong
-from posttrain.types import Example
+from posttrain.types import Conversation, Example, Sample
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What is kept of one example, and what happened to it."""
+    """What is kept of one example, or of a pair's two sides, and what happened to it."""
 
     examples: list[Example]
     dropped: str | None = None  # why nothing is kept
@@ -24,6 +26,13 @@ class Fitted:
 def trained(example: Example) -> int:
     """Tokens with a weight over 0."""
     return int(np.count_nonzero(example.loss_weights > 0))
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens that both begin with."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
 
 
 def fit(example: Example, seq_len: int, too_long: TooLong, bos_id: int | None) -> Fitted:
@@ -59,6 +68,83 @@ def fit(example: Example, seq_len: int, too_long: TooLong, bos_id: int | None) -
     if not left:
         return Fitted([], dropped=f"no trained token left after {too_long}")
     return Fitted([short], cut_tokens=n - seq_len, cut_trained=trained(example) - left)
+
+
+def fit_pair(
+    chosen: Example, rejected: Example, seq_len: int, too_long: TooLong, bos_id: int | None
+) -> Fitted:
+    """Both sides in at most seq_len tokens each, or neither, by the rule `too_long`.
+
+    truncate_end cuts each side's own end. truncate_start cuts one number of tokens off the start of
+    the prompt of both, a leading BOS kept: they still answer the same prompt. Only what both sides
+    begin with and neither trains can go, and one token of it stays. A pair of which a side has
+    nothing left to train, or whose sides have become equal, is dropped.
+    """
+    sides = (chosen, rejected)
+    longest = max(len(side.tokens) for side in sides)
+    if longest <= seq_len:
+        return Fitted([chosen, rejected])
+    if too_long == "drop":
+        return Fitted([], dropped="longer than seq_len")
+    if too_long == "truncate_end":
+        short = [Example(s.tokens[:seq_len], s.loss_weights[:seq_len]) for s in sides]
+        if not all(map(trained, short)):
+            return Fitted([], dropped="no trained token left on a side after truncate_end")
+        if same(*short):
+            return Fitted([], dropped="the sides are equal after truncate_end")
+    elif too_long == "truncate_start":
+        bos = int(bos_id is not None and all(side.tokens[0] == bos_id for side in sides))
+        shared = common_prefix(chosen.tokens, rejected.tokens)
+        prompt = min(shared, *(int(np.argmax(side.loss_weights > 0)) for side in sides))
+        cut = longest - seq_len
+        if cut > prompt - bos - 1:
+            return Fitted([], dropped="the answer alone is over seq_len")
+        short = [_tail(side, bos, cut + bos, len(side.tokens)) for side in sides]
+    else:
+        raise ValueError(f"too_long={too_long!r} is not a way to shorten a pair")
+    return Fitted(
+        short,
+        cut_tokens=sum(len(s.tokens) for s in sides) - sum(len(s.tokens) for s in short),
+        cut_trained=sum(map(trained, sides)) - sum(map(trained, short)),
+    )
+
+
+def same(a: Example, b: Example) -> bool:
+    """Whether tokens and weights are equal."""
+    return np.array_equal(a.tokens, b.tokens) and np.array_equal(a.loss_weights, b.loss_weights)
+
+
+def prompts_differ(samples: Sequence[Sample], sides: Sequence[Example], cfg: ChatConfig) -> bool:
+    """Whether a pair's sides do not begin with the same tokens before the first trained one.
+
+    A template may render the messages they share by what follows (earlier thinking dropped or
+    kept). False too where the sides' messages part before what is trained, and that cannot be told.
+    """
+    first = [_first_trained(sample, cfg) for sample in samples]
+    if first[0] is None or first[0] != first[1]:
+        return False
+    chosen, rejected = (sample.messages[: first[0]] for sample in samples)  # pyright: ignore
+    if chosen != rejected:
+        return False
+    shared = common_prefix(sides[0].tokens, sides[1].tokens)
+    return shared < min(int(np.argmax(side.loss_weights > 0)) for side in sides)
+
+
+def _first_trained(sample: Sample, cfg: ChatConfig) -> int | None:
+    """The message in which training starts; None of a text, or where it does not start with it."""
+    if not isinstance(sample, Conversation):
+        return None
+    turns = [
+        i
+        for i, m in enumerate(sample.messages)
+        if m["role"] == "assistant" and (cfg.train_on == "last" or m.get("weight", 1))
+    ]
+    turn = turns[-1 if cfg.train_on == "last" else 0]
+    thinks = (
+        "reasoning_content" in sample.messages[turn]
+        or "</think>" in sample.messages[turn]["content"]
+    )
+    return None if thinks and not cfg.train_thinking else turn
 
 
 def _tail(example: Example, bos: int, start: int, end: int) -> Example:

@@ -50,13 +50,15 @@ def prepare(
     cfg: DataConfig,
     chat: ChatTemplate,
     *,
+    pairs: bool = False,
     is_primary: bool = True,
     quiet: bool = False,
     section: str = "data.sources",
 ) -> Cache:
     """The cache of cfg's sources: opened where it exists, else made; the report is shown.
 
-    `section` is what errors call the part of the config that the sources stand in.
+    The sources hold samples to imitate, or `pairs` to prefer by. `section` is what errors call the
+    part of the config that the sources stand in.
     Where several hosts share cache_dir, one is primary and makes it; the others wait for it, up to
     cfg.wait_minutes. Raises BadRows with all bad rows (unless on_bad_row is skip), ValueError for
     sources that cannot be read, for data of which nothing is left, and when the wait is over.
@@ -66,11 +68,11 @@ def prepare(
     if os.path.expanduser(cfg.cache_dir).startswith("~"):
         raise ValueError(f"data.cache_dir: {cfg.cache_dir}: this user has no home; name a folder")
     files = files_of(cfg, section)
-    key = fingerprint(cfg, chat, files)
+    key = fingerprint(cfg, chat, files, pairs=pairs)
     folder = Path(cfg.cache_dir).expanduser() / key
     if not (folder / INDEX).exists():
         if is_primary:
-            return _make(cfg, chat, files, key, folder, quiet, section)
+            return _make(cfg, chat, files, key, folder, pairs, quiet, section)
         _wait(folder, cfg.wait_minutes)
     cache = Cache.open(folder)
     if is_primary and not quiet:
@@ -84,15 +86,17 @@ def _make(
     files: dict[str, list[str]],
     key: str,
     folder: Path,
+    pairs: bool,
     quiet: bool,
     section: str,
 ) -> Cache:
     names = list(cfg.sources)
-    report = Report(key, cfg.seq_len, cfg.too_long, {name: SourceReport() for name in names})
+    empty = {name: SourceReport() for name in names}
+    report = Report(key, cfg.seq_len, cfg.too_long, empty, pairs=pairs)
     report.warnings = chat.check()
     defects: list[Defect] = []
     began = time.monotonic()
-    with CacheWriter(folder, names) as writer:
+    with CacheWriter(folder, names, sides=2 if pairs else 1) as writer:
         results = run(cfg, chat, files, report, title="prepare", shown=not quiet, section=section)
         for result in results:
             defects += result.too_long
@@ -111,7 +115,7 @@ def _make(
             raise BadRows(defects, report.total.rows)
         for name, source in report.sources.items():
             if source.examples == 0:
-                raise ValueError(_nothing_left(f"{section}.{name}", source, files[name]))
+                raise ValueError(_nothing_left(f"{section}.{name}", source, files[name], pairs))
         cache = writer.finish(key, report)
     if not quiet:
         report.show()
@@ -129,16 +133,21 @@ def run(
     section: str = "data.sources",
 ) -> Iterator[Result]:
     """Every block of every source, in order, tokenised (checked alone, where `chat` is None);
-    `report` is kept up to date and the progress shown."""
+    `report` is kept up to date (and says whether the sources hold pairs) and the progress shown."""
+    if report.pairs and cfg.too_long == "split":
+        raise ValueError(
+            "data.too_long: split: a pair has two whole answers; use drop, error, truncate_end or "
+            "truncate_start"
+        )
     sizes = [size_of(files[name]) for name in cfg.sources]
     workers = worker_count(cfg.workers, sum(sizes))
     report.workers = workers
-    job = Job(tuple(cfg.sources.values()), chat, cfg.seq_len, cfg.too_long)
+    job = Job(tuple(cfg.sources.values()), chat, cfg.seq_len, cfg.too_long, report.pairs)
     names = list(cfg.sources)
     position = _Position()
     examples = tokens = 0
     with PrepareProgress(title, sum(sizes), shown=shown) as progress:
-        for result in run_tasks(job, _tasks(cfg, files, section), workers):
+        for result in run_tasks(job, _tasks(cfg, files, report.pairs, section), workers):
             report.sources[names[result.source_id]].add(result.report)
             report.count_lengths(result.whole_lengths)
             examples += result.report.examples
@@ -171,21 +180,24 @@ def files_of(cfg: DataConfig, section: str = "data.sources") -> dict[str, list[s
     return files
 
 
-def _tasks(cfg: DataConfig, files: dict[str, list[str]], section: str) -> Iterator[Task]:
+def _tasks(
+    cfg: DataConfig, files: dict[str, list[str]], pairs: bool, section: str
+) -> Iterator[Task]:
     for source_id, (name, source) in enumerate(cfg.sources.items()):
         found = None
         for block in read_blocks(source, files[name]):
-            found = found or _format_of(block, source, f"{section}.{name}")
+            found = found or _format_of(block, source, pairs, f"{section}.{name}")
             yield Task(source_id, found, block)
 
 
-def _format_of(block: Block, source: SourceConfig, key: str) -> str | None:
+def _format_of(block: Block, source: SourceConfig, pairs: bool, key: str) -> str | None:
     """The format that the first row with a known shape has; None where no row can be read."""
     refusal: ValueError | None = None
     for row in block.rows():
         if not row.problems:
             try:
-                return find_format(row.value, source, f"{key}: {row.file}:{row.line}")
+                place = f"{key}: {row.file}:{row.line}"
+                return find_format(row.value, source, place, pairs=pairs)
             except ValueError as error:
                 refusal = refusal or error
     if refusal is not None:
@@ -193,11 +205,12 @@ def _format_of(block: Block, source: SourceConfig, key: str) -> str | None:
     return None
 
 
-def _nothing_left(key: str, source: SourceReport, files: list[str]) -> str:
+def _nothing_left(key: str, source: SourceReport, files: list[str], pairs: bool) -> str:
     what = [f"{source.bad_rows} bad"] if source.bad_rows else []
     what += [f"{count} dropped: {reason}" for reason, count in source.dropped.items()]
     rows = f"{source.rows} rows" + (f" ({'; '.join(what)})" if what else "")
-    return f"{key}: no example left of {rows} in {', '.join(files) or 'no file'}"
+    thing = "pair" if pairs else "example"
+    return f"{key}: no {thing} left of {rows} in {', '.join(files) or 'no file'}"
 
 
 def _wait(folder: Path, minutes: float) -> None:

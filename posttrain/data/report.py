@@ -15,7 +15,9 @@ _BINS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 2, 4)
 
 @dataclass
 class SourceReport:
-    """Every row of a source ends in exactly one of: bad_rows, or examples / dropped."""
+    """Every row of a source ends in exactly one of: bad_rows, or examples / dropped. Of pairs, all
+    but tokens are counted in pairs; prompts_differ: their shared prompt has become other tokens on
+    each side; pairs_in_row: both sides fit one row together."""
 
     rows: int = 0
     bad_rows: int = 0
@@ -27,7 +29,15 @@ class SourceReport:
     cut_trained: int = 0
     split: int = 0
     pieces: int = 0
+    prompts_differ: int = 0
+    pairs_in_row: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+
+    def cut(self, tokens: int, trained: int) -> None:
+        """One example, or pair, was shortened by so many tokens."""
+        self.truncated += 1
+        self.cut_tokens += tokens
+        self.cut_trained += trained
 
     def add(self, other: SourceReport) -> None:
         for name, value in vars(other).items():
@@ -40,8 +50,8 @@ class SourceReport:
 @dataclass
 class Report:
     """The whole preparation. `histogram[k]` counts lengths up to `edges[k]`, as rendered (before
-    anything was cut); its last entry those over the last edge. tokens_per_second counts from the
-    first byte read to the last example written."""
+    anything was cut; of pairs each side's); its last entry those over the last edge.
+    tokens_per_second counts from the first byte read to the last example written."""
 
     fingerprint: str
     seq_len: int
@@ -51,6 +61,7 @@ class Report:
     seconds: float = 0.0
     workers: int = 0
     histogram: list[int] = field(default_factory=lambda: [0] * (len(_BINS) + 1))
+    pairs: bool = False
 
     @property
     def edges(self) -> list[int]:
@@ -93,12 +104,13 @@ class Report:
     def losses(self) -> list[str]:
         """One line for each way in which something of the data is not trained on as it lies."""
         lines = []
+        things = "pairs" if self.pairs else "examples"
         for name, source in self.sources.items():
             if source.bad_rows:
                 lines.append(f"{name}: {source.bad_rows:,} bad rows skipped")
             if source.truncated:
                 lines.append(
-                    f"{name}: {source.truncated:,} examples over {self.seq_len:,} tokens cut "
+                    f"{name}: {source.truncated:,} {things} over {self.seq_len:,} tokens cut "
                     f"({self.too_long}): {source.cut_tokens:,} tokens lost, "
                     f"{source.cut_trained:,} of them trained"
                 )
@@ -106,6 +118,11 @@ class Report:
                 lines.append(
                     f"{name}: {source.split:,} examples over {self.seq_len:,} tokens split "
                     f"into {source.pieces:,} pieces"
+                )
+            if source.prompts_differ:
+                lines.append(
+                    f"{name}: {source.prompts_differ:,} pairs whose prompt the template renders "
+                    "differently on the two sides (by what follows it)"
                 )
             lines += [
                 f"{name}: {count:,} dropped: {reason}" for reason, count in source.dropped.items()
@@ -130,7 +147,7 @@ class Report:
         table.add_column("source")
         columns = {
             "rows": [s.rows for s in entries.values()],
-            "examples": [s.examples for s in entries.values()],
+            "pairs" if self.pairs else "examples": [s.examples for s in entries.values()],
             "tokens": [s.tokens for s in entries.values()],
             "trained": [s.trained for s in entries.values()],
             "truncated": [s.truncated for s in entries.values()],
@@ -148,9 +165,16 @@ class Report:
         if total.tokens:
             console.print(
                 f"trained {total.trained / total.tokens:.1%} of the tokens, "
-                f"{total.tokens / max(total.examples, 1):,.0f} tokens an example; "
+                f"{total.tokens / max(total.examples, 1):,.0f} tokens "
+                f"{'a pair' if self.pairs else 'an example'}; "
                 f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.1f} s, "
                 f"{self.workers} worker processes",
+                highlight=False,
+            )
+        if self.pairs and total.examples:
+            console.print(
+                f"{total.pairs_in_row / total.examples:.1%} of the pairs fit a row of "
+                f"{self.seq_len:,} with both sides",
                 highlight=False,
             )
         most = max(self.histogram)

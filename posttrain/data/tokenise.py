@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from posttrain.chat.template import ChatError, ChatTemplate
 from posttrain.data.config import SourceConfig, TooLong
-from posttrain.data.fit import fit, trained
+from posttrain.data.fit import fit, fit_pair, prompts_differ, same, trained
 from posttrain.data.formats import get_format
 from posttrain.data.report import SourceReport
 from posttrain.data.rows import Defect, RowError
 from posttrain.data.sources import Block
-from posttrain.types import Conversation, Example, Sample
+from posttrain.types import Conversation, Example, Pair, Sample
 
 TOO_LONG = "over data.seq_len"
 """In the `found` of a row that is too long."""
+SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Task:
 
 @dataclass
 class Result:
-    """What became of a block. tokens, weights: all its examples, one after another."""
+    """What became of a block. tokens, weights: all its examples, one after another; of pairs the
+    chosen side, then the rejected one."""
 
     source_id: int
     file: str
@@ -54,21 +57,21 @@ class Job:
     chat: ChatTemplate | None
     seq_len: int
     too_long: TooLong
+    pairs: bool = False
 
     def run(self, task: Task) -> Result:
         """Raises ValueError where the config, not a row, is at fault."""
         block = task.block
-        report = SourceReport()
-        defects: list[Defect] = []
-        too_long: list[Defect] = []
+        done = _Done(block.file)
         lines: list[int] = []
-        samples: list[Sample] = []
+        samples: list[Sample] = []  # of pairs: chosen, rejected, chosen ...
         for row in block.rows():
-            report.rows += 1
+            done.report.rows += 1
             problems = row.problems
             if not problems:
                 try:
-                    samples.append(self._convert(task, row.value))
+                    made = self._convert(task, row.value)
+                    samples += [made.chosen, made.rejected] if isinstance(made, Pair) else [made]
                     lines.append(row.line)
                 except RowError as error:
                     problems = error.problems
@@ -76,47 +79,81 @@ class Job:
                     place = f"{row.file}:{row.line}"
                     raise ValueError(f"{place}: format {task.format}: {error!r}") from error
             if problems:
-                report.bad_rows += 1
-                defects += [Defect(row.file, row.line, p.field, p.found, p.fix) for p in problems]
-        kept: list[Example] = []
-        kept_lines: list[int] = []
-        whole: list[int] = []
+                done.bad(Defect(row.file, row.line, p.field, p.found, p.fix) for p in problems)
         if self.chat is not None:
-            for line, made in zip(lines, self._examples(samples), strict=True):
-                if isinstance(made, ValueError):
-                    report.bad_rows += 1
-                    defects.append(_refused(block.file, line, made))
-                    continue
-                for example in made:
-                    whole.append(len(example.tokens))
-                    if not trained(example):
-                        report.bad_rows += 1
-                        defects.append(_untrained(block.file, line))
-                        continue
-                    if len(example.tokens) > self.seq_len and self.too_long == "error":
-                        report.bad_rows += 1
-                        too_long.append(self._over(block.file, line, example))
-                        continue
-                    fitted = self._fit(example, report)
-                    kept += fitted
-                    kept_lines += [line] * len(fitted)
-        report.examples = len(kept)
-        report.tokens = sum(len(e.tokens) for e in kept)
-        weights = np.concatenate([e.loss_weights for e in kept] or [np.zeros(0, np.float32)])
-        report.trained = int(np.count_nonzero(weights > 0))
-        return Result(
-            source_id=task.source_id,
-            file=block.file,
-            read=block.read,
-            tokens=np.concatenate([e.tokens for e in kept] or [np.zeros(0, np.int32)]),
-            weights=weights,
-            lengths=np.array([len(e.tokens) for e in kept], np.int32),
-            lines=np.array(kept_lines, np.int64),
-            whole_lengths=np.array(whole, np.int32),
-            report=report,
-            defects=defects,
-            too_long=too_long,
-        )
+            examples = self._examples(samples)
+            if self.pairs:
+                for k, line in enumerate(lines):
+                    both = slice(2 * k, 2 * k + 2)
+                    self._keep_pair(done, line, samples[both], examples[both])
+            else:
+                for line, made in zip(lines, examples, strict=True):
+                    self._keep(done, line, made)
+        return done.result(task.source_id, block.read, 2 if self.pairs else 1)
+
+    def _keep(self, done: _Done, line: int, made: list[Example] | ValueError) -> None:
+        """The examples of one row, as far as they are kept."""
+        if isinstance(made, ValueError):
+            done.bad([_refused(done.file, line, made)])
+            return
+        for example in made:
+            done.whole.append(len(example.tokens))
+            if not trained(example):
+                done.bad([_untrained(done.file, line)])
+            elif len(example.tokens) > self.seq_len and self.too_long == "error":
+                done.bad([], [self._over(done.file, line, example)])
+            else:
+                done.keep(line, self._fit(example, done.report))
+
+    def _keep_pair(
+        self, done: _Done, line: int, samples: list[Sample], made: list[list[Example] | ValueError]
+    ) -> None:
+        """Both sides of one row, or neither."""
+        assert self.chat is not None, "a pair without a template"
+        refused = [
+            _refused(done.file, line, side, name)
+            for side, name in zip(made, SIDES, strict=True)
+            if isinstance(side, ValueError)
+        ]
+        if refused:
+            if len(refused) == 2 and refused[0].found == refused[1].found:
+                refused = [replace(refused[0], field="row")]  # what is wrong is in the prompt
+            done.bad(refused)
+            return
+        sides: list[Example] = []
+        defects: list[Defect] = []
+        over: list[Defect] = []
+        for examples, name in zip(made, SIDES, strict=True):
+            assert not isinstance(examples, ValueError), "refused above"
+            if len(examples) > 1:
+                found = f"the template makes {len(examples)} examples of it (one for each thought)"
+                fix = "a side must be one example: chat.train_on: last, or remove the row"
+                defects.append(Defect(done.file, line, name, found, fix))
+                continue
+            sides += examples
+            done.whole.append(len(examples[0].tokens))
+            if not trained(examples[0]):
+                defects.append(_untrained(done.file, line, name))
+            elif len(examples[0].tokens) > self.seq_len and self.too_long == "error":
+                over.append(self._over(done.file, line, examples[0], name))
+        if len(sides) == 2 and same(*sides):
+            found = "the tokens of chosen: the pair teaches nothing"
+            defects.append(Defect(done.file, line, "rejected", found, "remove the row"))
+        if defects or over:
+            done.bad(defects, over)
+            return
+        done.report.prompts_differ += prompts_differ(samples, sides, self.chat.cfg)
+        chosen, rejected = sides
+        bos_id = self.chat.tokenizer.bos_id
+        fitted = fit_pair(chosen, rejected, self.seq_len, self.too_long, bos_id)
+        if fitted.dropped:
+            done.report.dropped[fitted.dropped] += 1
+        elif any(len(side.tokens) > self.seq_len for side in sides):
+            done.report.cut(fitted.cut_tokens, fitted.cut_trained)
+        if fitted.examples:
+            total = sum(len(side.tokens) for side in fitted.examples)
+            done.report.pairs_in_row += total <= self.seq_len
+        done.keep(line, fitted.examples)
 
     def _examples(self, samples: list[Sample]) -> list[list[Example] | ValueError]:
         """Per sample its examples, or why it has none; conversations are encoded together."""
@@ -133,14 +170,18 @@ class Job:
                     made[i] = error
         return made
 
-    def _convert(self, task: Task, value: Any) -> Sample:
+    def _convert(self, task: Task, value: Any) -> Sample | Pair:
         assert task.format is not None, "a block with a readable row has a format"
-        return get_format(task.format).convert(value, self.sources[task.source_id])
+        made = get_format(task.format).convert(value, self.sources[task.source_id])
+        if isinstance(made, Pair) != self.pairs:
+            wanted = "a Pair" if self.pairs else "a Conversation or a Text"
+            raise TypeError(f"made a {type(made).__name__} where {wanted} is wanted")
+        return made
 
-    def _over(self, file: str, line: int, example: Example) -> Defect:
-        fix = "raise data.seq_len, or let data.too_long shorten, split or drop it"
+    def _over(self, file: str, line: int, example: Example, field: str = "row") -> Defect:
+        ways = "shorten or drop it" if self.pairs else "shorten, split or drop it"
         found = f"{len(example.tokens):,} tokens, {TOO_LONG} ({self.seq_len:,})"
-        return Defect(file, line, "row", found, fix)
+        return Defect(file, line, field, found, f"raise data.seq_len, or let data.too_long {ways}")
 
     def _fit(self, example: Example, report: SourceReport) -> list[Example]:
         """The example as it is kept, with what happened to it counted."""
@@ -155,19 +196,60 @@ class Job:
             if fitted.idle_pieces:
                 report.dropped["piece of a split without a trained token"] += fitted.idle_pieces
         elif n > self.seq_len:
-            report.truncated += 1
-            report.cut_tokens += fitted.cut_tokens
-            report.cut_trained += fitted.cut_trained
+            report.cut(fitted.cut_tokens, fitted.cut_trained)
         return fitted.examples
 
 
-def _untrained(file: str, line: int) -> Defect:
+class _Done:
+    """What becomes of a block, as its rows are gone through."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.report = SourceReport()
+        self.defects: list[Defect] = []
+        self.too_long: list[Defect] = []
+        self.kept: list[Example] = []
+        self.lines: list[int] = []
+        self.whole: list[int] = []
+
+    def bad(self, defects: Iterable[Defect], too_long: Sequence[Defect] = ()) -> None:
+        """One bad row, or example of a row."""
+        self.report.bad_rows += 1
+        self.defects += defects
+        self.too_long += too_long
+
+    def keep(self, line: int, examples: Sequence[Example]) -> None:
+        self.kept += examples
+        self.lines += [line] * len(examples)
+
+    def result(self, source_id: int, read: int, sides: int) -> Result:
+        kept, report = self.kept, self.report
+        weights = np.concatenate([e.loss_weights for e in kept] or [np.zeros(0, np.float32)])
+        report.examples = len(kept) // sides
+        report.tokens = sum(len(e.tokens) for e in kept)
+        report.trained = int(np.count_nonzero(weights > 0))
+        return Result(
+            source_id=source_id,
+            file=self.file,
+            read=read,
+            tokens=np.concatenate([e.tokens for e in kept] or [np.zeros(0, np.int32)]),
+            weights=weights,
+            lengths=np.array([len(e.tokens) for e in kept], np.int32),
+            lines=np.array(self.lines, np.int64),
+            whole_lengths=np.array(self.whole, np.int32),
+            report=report,
+            defects=self.defects,
+            too_long=self.too_long,
+        )
+
+
+def _untrained(file: str, line: int, field: str = "row") -> Defect:
     fix = "give it an answer (or a weight over 0), or remove the row"
-    return Defect(file, line, "row", "no token of it is trained", fix)
+    return Defect(file, line, field, "no token of it is trained", fix)
 
 
-def _refused(file: str, line: int, error: ValueError) -> Defect:
+def _refused(file: str, line: int, error: ValueError, field: str = "row") -> Defect:
     fix = "change the row, or the chat section of the config"
     if isinstance(error, ChatError):
-        return Defect(file, line, "row", error.reason, fix, error.text)
-    return Defect(file, line, "row", str(error), fix)
+        return Defect(file, line, field, error.reason, fix, error.text)
+    return Defect(file, line, field, str(error), fix)

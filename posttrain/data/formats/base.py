@@ -9,15 +9,19 @@ from typing import Any
 from posttrain.data.config import SourceConfig
 from posttrain.data.normal import did_you_mean
 from posttrain.data.rows import Problem, RowError, wrong_type
-from posttrain.types import Sample
+from posttrain.types import Pair, Sample
 
 
 @dataclass(frozen=True)
 class Format:
-    """`detect` never raises and may be handed anything; `convert` raises RowError."""
+    """`detect` never raises and may be handed anything; `convert` raises RowError.
+
+    pairs: it makes Pairs to prefer by, not samples to imitate; None: the source's `fields` say.
+    """
 
     detect: Callable[[Any], bool]
-    convert: Callable[[Any, SourceConfig], Sample]
+    convert: Callable[[Any, SourceConfig], Sample | Pair]
+    pairs: bool | None = False
 
 
 def as_object(row: Any, columns: tuple[str, ...]) -> Mapping[str, Any]:

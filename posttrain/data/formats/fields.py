@@ -113,4 +113,4 @@ def _column(row: Mapping[str, Any], path: str, problems: list[Problem]) -> Any:
     return value
 
 
-FORMAT = Format(detect, convert)
+FORMAT = Format(detect, convert, pairs=None)
