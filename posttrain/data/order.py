@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from posttrain.config import ConfigError
 
-SHUFFLE, SUBSET, ROWS = 1, 2, 3
+SHUFFLE, SUBSET, ROWS, STRATA = 1, 2, 3, 4
 """What a permutation is for: the first word of its key, so that no two purposes share numbers."""
 
 
@@ -88,3 +88,19 @@ def epoch_order(
         raise ValueError(f"epoch {epoch} has no examples: repeats {list(repeats)} are too small")
     ids = np.concatenate(passes)
     return ids if order == "sequential" else ids[permutation(len(ids), SHUFFLE, seed, epoch)]
+
+
+def even_steps(
+    lengths: Int[np.ndarray, " M"], size: int, *, seed: int, epoch: int
+) -> Int[np.ndarray, " M"]:
+    """A permutation of a shuffled order, of which every `size` in a row have about equal lengths.
+
+    A step of so many examples takes one of each stratum of lengths, drawn at random (stratified
+    sampling). Rows are reserved for the step that needs the most: of 16 preference pairs as they
+    come it needs up to twice the rows of the average step, and half of all positions stay empty.
+    The last, short step keeps what it has.
+    """
+    steps = len(lengths) // size
+    strata = np.argsort(lengths[: steps * size], kind="stable").reshape(size, steps)
+    dealt = [s[permutation(steps, STRATA, seed, epoch, k)] for k, s in enumerate(strata)]
+    return np.append(np.stack(dealt, axis=1), np.arange(steps * size, len(lengths)))

@@ -5,24 +5,29 @@ before it, and every host works out the same plan, so that resuming at step k ta
 nothing else. `accumulate` and the number of batch shards move rows about inside a step; they never
 change which examples the step has.
 
-Shapes: A micro-batches, B rows of a micro-batch, S segments of a row; N examples; K steps with
-E = K + 1 edges.
+Order, mixture and the size of a step count units: samples, or preference pairs of two examples. A
+step is packed into blocks of rows: samples into one, whose rows are then dealt to all micro-batches
+and shards; pairs into one per micro-batch, so that the sides of a pair stay together.
+
+Shapes: A micro-batches, B rows of a micro-batch, S segments of a row; N examples, U units; R rows;
+E edges, one more than there are blocks.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 from pydantic import model_validator
 
-from posttrain.config import Config, runtime, semantic
+from posttrain.config import Config, ConfigError, runtime, semantic
 from posttrain.data.config import SourceConfig
-from posttrain.data.order import ROWS, epoch_order, mixture_repeats, permutation
+from posttrain.data.order import ROWS, epoch_order, even_steps, mixture_repeats, permutation
 from posttrain.data.pack import Rows, pack
 
 
@@ -33,7 +38,7 @@ class BatchConfig(Config):
         None, gt=0, help="rows of seq_len tokens per step, packed over the epoch (or: examples)"
     )
     examples: int | None = semantic(
-        None, gt=0, help="examples per step, in as many rows as they need (or: rows)"
+        None, gt=0, help="examples (or pairs) per step, in as many rows as they need (or: rows)"
     )
     packing: Literal["best_fit", "none"] = semantic(
         "best_fit", help="best_fit: several examples share a row; none: one example per row"
@@ -78,10 +83,10 @@ class Index(Protocol):
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch's rows (members are example ids) and the first row of each step, with the end."""
+    """One epoch's rows (members are example ids) and the first row of each block, with the end."""
 
     rows: Rows
-    step_starts: Int[np.ndarray, " E"]
+    edges: Int[np.ndarray, " E"]
     trained: Int[np.ndarray, " R"]
 
 
@@ -89,10 +94,11 @@ class Plan:
     """Steps 0 .. steps-1 over whole epochs. A batch never crosses epochs; the last one of an epoch
     may be short and is filled up with empty rows.
 
-    steps, steps_per_epoch (of the first epoch), rows (of a step, empty ones included: accumulate *
-    micro_rows), micro_rows (a multiple of batch_shards), max_segments (S), repeats (source name ->
-    times an epoch sees each of its examples), efficiency (share of all positions that hold a token)
-    and fill (the same for rows that are in use: what packing is to be judged by).
+    sides (examples of a unit: 2 of a pair, else 1), steps, steps_per_epoch (of the first epoch),
+    rows (of a step, empty ones included: accumulate * micro_rows), micro_rows (a multiple of
+    batch_shards), max_segments (S), repeats (source name -> times an epoch sees each of its units),
+    efficiency (share of all positions that hold a token) and fill (the same for rows that are in
+    use: what packing is to be judged by).
     """
 
     def __init__(
@@ -109,8 +115,9 @@ class Plan:
     ):
         """`epochs` whole epochs, or `steps` steps over as many as that takes: one of the two.
 
-        `sources` gives weights and repeats by name; without it every example is seen once an epoch.
-        Raises ValueError where an example is longer than seq_len, or a step would train on nothing.
+        `sources` gives weights and repeats by name; without it every unit is seen once an epoch.
+        Raises ConfigError for batch.rows of pairs; ValueError where an example is longer than
+        seq_len, a side of a pair has no trained token, or a step would train on nothing.
         """
         if (epochs is None) == (steps is None):
             raise ValueError("give exactly one of epochs and steps: the length of the run")
@@ -120,6 +127,12 @@ class Plan:
             raise ValueError("the data set has no examples")
         self.index, self.batch, self.seq_len, self.seed = index, batch, seq_len, seed
         self.batch_shards, self.sides = batch_shards, index.sides
+        self._blocks = batch.accumulate if self.sides == 2 else 1  # of a step
+        self._groups = batch.accumulate * batch_shards // self._blocks  # that share a block's rows
+        self._unit_sources = index.source_ids[:: self.sides]
+        self._unit_lengths = index.lengths.reshape(-1, self.sides).sum(1)
+        if self.sides == 2:
+            self._refuse_half_pairs()
         self._repeats = self._mixture(sources)
         self.repeats = dict(zip(index.source_names, self._repeats.tolist(), strict=True))
 
@@ -127,16 +140,15 @@ class Plan:
         firsts = [0]
         while len(self._epochs) < epochs if epochs is not None else firsts[-1] < (steps or 0):
             self._epochs.append(self._plan_epoch(len(self._epochs)))
-            firsts.append(firsts[-1] + len(self._epochs[-1].step_starts) - 1)
+            firsts.append(firsts[-1] + (len(self._epochs[-1].edges) - 1) // self._blocks)
         self._firsts = np.asarray(firsts)  # the first step of each epoch, and the end
         self.steps = firsts[-1] if steps is None else steps
         self.steps_per_epoch = firsts[1]
 
         used = [self._epoch_part(e) for e in range(len(self._epochs))]
         self.max_segments = max(int(rows.sizes.max()) for rows, _ in used)
-        widest = batch.rows or max(int(np.diff(starts).max()) for _, starts in used)
-        groups = batch.accumulate * batch_shards
-        self.micro_rows = -(-widest // groups) * batch_shards
+        widest = batch.rows or max(int(np.diff(edges).max()) for _, edges in used)
+        self.micro_rows = -(-widest // self._groups) * batch_shards
         self.rows = batch.accumulate * self.micro_rows
         tokens = sum(int(rows.sums(index.lengths).sum()) for rows, _ in used)
         self.fill = tokens / (sum(len(rows) for rows, _ in used) * seq_len)
@@ -157,9 +169,8 @@ class Plan:
         return epoch + (k + 1) / int(self._firsts[epoch + 1] - self._firsts[epoch])
 
     def examples(self, step: int) -> Int[np.ndarray, " n"]:
-        """The ids of a step's examples, row by row. Accumulation and mesh have no part in it."""
-        rows, _ = self._step_rows(step)
-        return rows.members
+        """The ids of a step's examples. Which they are, accumulation and mesh have no part in."""
+        return np.concatenate([rows.members for rows, _ in self._step_blocks(step)])
 
     def layout(self, step: int) -> Int[np.ndarray, "A B S"]:
         """int32 example ids by micro-batch, row and segment; -1 where there is no segment.
@@ -168,41 +179,44 @@ class Plan:
         and shards so that each has about as many trained tokens: the head's static budget is the
         largest count of all.
         """
-        rows, trained = self._step_rows(step)
+        room = self.micro_rows // self.batch_shards
         groups = self.batch.accumulate * self.batch_shards
-        room = self.rows // groups
         out = np.full((groups, room, self.max_segments), -1, np.int32)
-        group_of = _spread(trained, groups, room)
         place = np.zeros(groups, np.int64)
-        for members, group in zip(rows, group_of, strict=True):
-            out[group, place[group], : len(members)] = members
-            place[group] += 1
+        for block, (rows, trained) in enumerate(self._step_blocks(step)):
+            group_of = _spread(trained, self._groups, room)
+            for members, within in zip(rows, group_of, strict=True):
+                group = block * self._groups + within
+                out[group, place[group], : len(members)] = members
+                place[group] += 1
         return out.reshape(self.batch.accumulate, self.micro_rows, self.max_segments)
 
     def head_budget(self) -> int:
         """The most trained tokens in one shard's rows of any micro-batch of any step."""
         if self._budget is None:
-            groups = self.batch.accumulate * self.batch_shards
-            room, most = self.rows // groups, 0
+            room, most = self.micro_rows // self.batch_shards, 0
             for step in range(self.steps):
-                _, trained = self._step_rows(step)
-                loads = np.bincount(_spread(trained, groups, room), trained, groups)
-                most = max(most, int(loads.max()))
+                for _, trained in self._step_blocks(step):
+                    group_of = np.asarray(_spread(trained, self._groups, room), np.int64)
+                    loads = np.bincount(group_of, trained, self._groups)
+                    most = max(most, int(loads.max()))
             self._budget = most
         return self._budget
 
     def describe(self) -> str:
         """A few lines for the terminal: size of the run, packing, mixture."""
         packed = sum(len(rows) for rows, _ in map(self._epoch_part, range(len(self._epochs))))
+        units = "pairs" if self.sides == 2 else "examples"
+        taken = f"{self.batch.examples:,} {units} in " if self.batch.examples else ""
         lines = [
-            f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch) of {self.rows:,} rows x "
-            f"{self.seq_len:,} tokens in {self.batch.accumulate} micro-batch(es)",
+            f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch) of {taken}{self.rows:,} "
+            f"rows x {self.seq_len:,} tokens in {self.batch.accumulate} micro-batch(es)",
             f"{packed:,} rows {self.fill:.2%} full, {self.efficiency:.2%} with the empty rows of "
             f"short steps; at most {self.max_segments} examples in a row",
         ]
-        sizes = np.bincount(self.index.source_ids, minlength=len(self.repeats))
+        sizes = np.bincount(self._unit_sources, minlength=len(self.repeats))
         for (name, times), size in zip(self.repeats.items(), sizes.tolist(), strict=True):
-            lines.append(f"{name}: {size:,} examples, seen {times:.4g} times an epoch")
+            lines.append(f"{name}: {size:,} {units}, seen {times:.4g} times an epoch")
         return "\n".join(lines)
 
     def _mixture(self, sources: Mapping[str, SourceConfig] | None) -> np.ndarray:
@@ -211,59 +225,87 @@ class Plan:
             return np.ones(len(names))
         return mixture_repeats(
             names,
-            np.bincount(self.index.source_ids, minlength=len(names)).tolist(),
+            np.bincount(self._unit_sources, minlength=len(names)).tolist(),
             [sources[name].weight for name in names],
             [sources[name].repeats for name in names],
         )
 
     def _plan_epoch(self, epoch: int) -> _Epoch:
         cfg, index = self.batch, self.index
-        ids = epoch_order(
-            index.source_ids, self._repeats, seed=self.seed, epoch=epoch, order=cfg.order
+        units = epoch_order(
+            self._unit_sources, self._repeats, seed=self.seed, epoch=epoch, order=cfg.order
         )
-        lengths = index.lengths[ids]
         if cfg.rows is not None:
-            packed = pack(lengths, self.seq_len, packing=cfg.packing)
+            packed = pack(index.lengths[units], self.seq_len, packing=cfg.packing)
             if cfg.order == "shuffle":  # or a batch would have rows of like lengths
                 turn = permutation(len(packed), ROWS, self.seed, epoch)
             else:
                 turn = np.argsort(packed.members[packed.starts[:-1]], kind="stable")
             packed = packed.take(turn)
-            step_starts = np.append(np.arange(0, len(packed), cfg.rows), len(packed))
+            rows = Rows(units[packed.members], packed.starts)
+            edges = np.append(np.arange(0, len(rows), cfg.rows), len(rows))
         else:
             size = cfg.examples or 0
-            parts = [
-                pack(lengths[i : i + size], self.seq_len, packing=cfg.packing)
-                for i in range(0, len(ids), size)
-            ]
-            step_starts = np.cumsum([0] + [len(part) for part in parts])
-            packed = Rows(
-                np.concatenate([part.members + k * size for k, part in enumerate(parts)]),
-                np.cumsum(np.concatenate([[0]] + [part.sizes for part in parts])),
+            if cfg.order == "shuffle":
+                lengths = self._unit_lengths[units]
+                units = units[even_steps(lengths, size, seed=self.seed, epoch=epoch)]
+            steps = [units[i : i + size] for i in range(0, len(units), size)]
+            blocks = [self._pack_block(ids) for step in steps for ids in self._split(step)]
+            edges = np.cumsum([0] + [len(block) for block in blocks])
+            rows = Rows(
+                np.concatenate([block.members for block in blocks]),
+                np.cumsum(np.concatenate([[0]] + [block.sizes for block in blocks])),
             )
-        rows = Rows(ids[packed.members], packed.starts)
-        return _Epoch(rows, step_starts, rows.sums(index.trained))
+        return _Epoch(rows, edges, rows.sums(index.trained))
+
+    def _split(self, units: np.ndarray) -> list[np.ndarray]:
+        """The example ids of each block of a step; pairs are dealt by their tokens."""
+        if self.sides == 1:
+            return [units]
+        tokens = self._unit_lengths[units]
+        block_of = np.asarray(_spread(tokens, self._blocks, len(units)))
+        pairs = [units[block_of == block] for block in range(self._blocks)]
+        return [(2 * pair[:, None] + np.arange(2)).reshape(-1) for pair in pairs]
+
+    def _pack_block(self, ids: np.ndarray) -> Rows:
+        packed = pack(self.index.lengths[ids], self.seq_len, packing=self.batch.packing)
+        return Rows(ids[packed.members], packed.starts)
 
     def _epoch_part(self, e: int) -> tuple[Rows, np.ndarray]:
-        """The rows of epoch e that the run gets to, and their steps' first rows."""
+        """The rows of epoch e that the run gets to, and their blocks' edges."""
         epoch = self._epochs[e]
-        starts = epoch.step_starts[: self.steps - int(self._firsts[e]) + 1]
-        ends = epoch.rows.starts[: starts[-1] + 1]
-        return Rows(epoch.rows.members[: ends[-1]], ends), starts
+        edges = epoch.edges[: (self.steps - int(self._firsts[e])) * self._blocks + 1]
+        ends = epoch.rows.starts[: edges[-1] + 1]
+        return Rows(epoch.rows.members[: ends[-1]], ends), edges
 
-    def _step_rows(self, step: int) -> tuple[Rows, np.ndarray]:
-        """A step's rows and each row's trained tokens."""
+    def _step_blocks(self, step: int) -> Iterator[tuple[Rows, np.ndarray]]:
+        """Each block's rows, and each row's trained tokens."""
         e, k = self.epoch_of(step)
         epoch = self._epochs[e]
-        first, last = epoch.step_starts[k : k + 2]
-        starts = epoch.rows.starts[first : last + 1]
-        rows = Rows(epoch.rows.members[starts[0] : starts[-1]], starts - starts[0])
-        return rows, epoch.trained[first:last]
+        edges = epoch.edges[k * self._blocks : (k + 1) * self._blocks + 1].tolist()
+        for first, last in pairwise(edges):
+            starts = epoch.rows.starts[first : last + 1]
+            rows = Rows(epoch.rows.members[starts[0] : starts[-1]], starts - starts[0])
+            yield rows, epoch.trained[first:last]
+
+    def _refuse_half_pairs(self) -> None:
+        if self.batch.rows is not None:
+            raise ConfigError(
+                f"batch.rows is {self.batch.rows}: a step takes pairs, not rows, since both sides "
+                "of a pair are in it; set batch.examples to the pairs of a step instead"
+            )
+        if len(bad := np.flatnonzero(self.index.trained == 0)):
+            pair, side = divmod(int(bad[0]), 2)
+            raise ValueError(
+                f"pair {pair}: its {('chosen', 'rejected')[side]} side has no trained token, so "
+                f"that there is nothing to prefer ({len(bad)} such sides); see what `posttrain "
+                "data prepare` says was truncated"
+            )
 
     def _refuse_untrained(self) -> None:
         """A step whose every token is masked has no loss: better said before step 1."""
         for e, epoch in enumerate(self._epochs):
-            sums = np.add.reduceat(epoch.trained, epoch.step_starts[:-1])
+            sums = np.add.reduceat(epoch.trained, epoch.edges[: -1 : self._blocks])
             for k in np.flatnonzero(sums == 0):
                 step = int(self._firsts[e] + k)
                 if step < self.steps:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from posttrain.config import ConfigError
-from posttrain.data.order import epoch_order, mixture_repeats, permutation
+from posttrain.data.order import epoch_order, even_steps, mixture_repeats, permutation
 
 
 def sources(*sizes: int) -> np.ndarray:
@@ -112,3 +114,24 @@ def test_what_cannot_be_mixed_is_refused_by_name(sizes, weights, repeats, messag
 def test_an_epoch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="epoch 0 has no examples"):
         epoch_order(sources(3), np.array([0.1]), seed=0, epoch=0)
+
+
+def test_even_steps_take_one_of_each_stratum_at_random():
+    rng = np.random.default_rng(0)
+    for n, size in [(1000, 16), (23, 4), (3, 5), (6, 1), (8, 8)]:
+        lengths = rng.exponential(100, n).astype(np.int64)
+        order = even_steps(lengths, size, seed=1, epoch=2)
+        assert sorted(order) == list(range(n))
+        assert order.tolist() == even_steps(lengths, size, seed=1, epoch=2).tolist()
+        steps = n // size
+        assert order[steps * size :].tolist() == list(range(steps * size, n))  # the short step
+        dealt = lengths[order[: steps * size]].reshape(steps, size)
+        ranked = np.sort(lengths[: steps * size]).reshape(size, steps)
+        for stratum in range(size):
+            assert sorted(dealt[:, stratum]) == ranked[stratum].tolist()
+    lengths = rng.exponential(100, 1600).astype(np.int64)
+    one, other = (even_steps(lengths, 16, seed=1, epoch=e).reshape(100, 16) for e in (0, 1))
+    met, again = ({frozenset(p) for s in steps for p in pairwise(s)} for steps in (one, other))
+    assert len(met & again) < 0.03 * 1500  # by chance 1 in 100 meets again
+    longest = lengths[one].max(1)  # nowhere in particular: no step of the epoch is the hardest
+    assert abs(np.corrcoef(longest, np.arange(100))[0, 1]) < 0.3
