@@ -16,15 +16,26 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
+from pydantic import BeforeValidator
 
 from posttrain import config
 from posttrain.config import Config, ConfigError, runtime, semantic
 
 EXTENDABLE = ("train.steps", "train.epochs")
 """Semantic keys that a later start of the run may raise: a finished run can be extended."""
+
+
+def _mounted(value: Any) -> Any:
+    if "://" in str(value):
+        raise ValueError("must be a folder that all hosts have mounted, not a URL")
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+RunDir = Annotated[Path, BeforeValidator(_mounted)]
+"""A run's folder in a job's config."""
 
 
 class CheckpointConfig(Config):

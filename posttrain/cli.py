@@ -18,6 +18,7 @@ from types import ModuleType
 
 JOBS = {
     "sft": ("posttrain.jobs.sft", "supervised fine-tuning on conversations"),
+    "preference": ("posttrain.jobs.preference", "preference optimisation on pairs of answers"),
     "data": ("posttrain.jobs.data", "prepare, preview or check training data"),
     "convert": ("posttrain.jobs.convert", "model folder or run -> Hugging Face model folder"),
     "chat": ("posttrain.jobs.chat", "talk to a model in the terminal"),

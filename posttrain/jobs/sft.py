@@ -8,14 +8,11 @@ and it goes on where it was. It leaves out preferences, rewards and adapters: th
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import field_validator
+from typing import Annotated, Literal
 
 from posttrain.chat.template import ChatConfig
-from posttrain.checkpoint import CheckpointConfig
+from posttrain.checkpoint import CheckpointConfig, RunDir
 from posttrain.config import Config as Section
 from posttrain.config import runtime, semantic, variant
 from posttrain.data.config import DataConfig
@@ -33,7 +30,9 @@ class Config(Section):
     """The whole of an SFT run."""
 
     job: Literal["sft"] = semantic("sft", help="names the job")
-    run_dir: Path = runtime(Path("runs/sft"), help="the run's folder: checkpoints, metrics, export")
+    run_dir: RunDir = runtime(
+        Path("runs/sft"), help="the run's folder: checkpoints, metrics, export"
+    )
     seed: int = semantic(0, ge=0, help="of the order of examples")
     model: ModelConfig = semantic(help="what is trained")
     chat: ChatConfig = semantic(ChatConfig(), help="how conversations become tokens")
@@ -49,16 +48,9 @@ class Config(Section):
     log: LogConfig = runtime(LogConfig(), help="metrics")
     export: bool = runtime(True, help="write <run_dir>/export, a Hugging Face folder, at the end")
 
-    @field_validator("run_dir", mode="before")
-    @classmethod
-    def _mounted(cls, value: Any) -> Any:
-        if "://" in str(value):
-            raise ValueError("must be a folder that all hosts have mounted, not a URL")
-        return os.path.expanduser(value) if isinstance(value, str) else value
-
 
 def run(cfg: Config) -> int:
     """Exit code: 0 done, 75 told to stop and saved. Raises ValueError on what the user can mend."""
     from posttrain.train import setup  # flax, orbax and grain load here, not for --help
 
-    return setup.run_sft(cfg)
+    return setup.run(cfg)

@@ -6,6 +6,7 @@ step k + 1, and waits for the devices at no other place than checkpoints and eva
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import sys
@@ -29,6 +30,8 @@ from posttrain.train.offline import OfflineSource
 from posttrain.train.state import TrainState
 from posttrain.train.throughput import PEAK_TFLOPS, StepSize, train_flops
 
+WATCHED = ("rewards/accuracies", "rewards/margins")
+"""Metrics that the terminal shows beside the loss, where there are any."""
 PREEMPTED = 75
 """Exit code of a run that was told to stop and saved: start it again and it goes on."""
 
@@ -58,6 +61,8 @@ def stops_at_once() -> Iterator[None]:
 class Preemption:
     """Whether the run was told to stop (SIGTERM), the same answer on every process of a run."""
 
+    _calls = itertools.count(1)  # the sync point is a number of calls: they go on for all of a run
+
     def __init__(self) -> None:
         self._flag = threading.Event()
         self._shared = jax.process_count() > 1
@@ -68,12 +73,12 @@ class Preemption:
             self._previous = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
             self._installed = True
 
-    def reached(self, step: int) -> bool:
+    def reached(self) -> bool:
         """Called after every step on every process."""
         if self._shared:
             from jax.experimental import multihost_utils
 
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(next(self._calls))
         return self._flag.is_set()
 
     def close(self) -> None:
@@ -87,7 +92,10 @@ class Run:
 
     folder: Path
     spec: Spec
-    train_step: Callable[[TrainState, Any], tuple[TrainState, reporting.Metrics]]
+    train_step: Callable[..., tuple[TrainState, reporting.Metrics]]
+    """(state, batch, reference) -> (state, metrics)."""
+    reference: Any
+    """The parameters of a live reference; None: there is none."""
     source: OfflineSource
     size: Callable[[int], StepSize]
     total_steps: int
@@ -133,13 +141,13 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
             trace.before(step)
             waited = run.source.waited
             batch = run.source.next()
-            state, device_metrics = run.train_step(state, batch)
+            state, device_metrics = run.train_step(state, batch, run.reference)
             waited = run.source.waited - waited
             pending.append(_Step(step, device_metrics, run.size(step - 1), waited))
             if len(pending) > 1:
                 reporter.report(pending.popleft())
             trace.after(step, device_metrics)
-            stopped = preemption.reached(step)
+            stopped = preemption.reached()
             last = step == run.total_steps
             evaluates = run.evaluate is not None and (
                 last or (run.eval_every is not None and step % run.eval_every == 0)
@@ -203,6 +211,7 @@ class _Reporter:
         if self._steps:  # the first step's time is mostly compilation: it gives no rate
             flops = train_flops(run.spec, size) / seconds
             flat |= {
+                "examples_per_second": size.examples / seconds,
                 "tokens_per_second": size.tokens / seconds,
                 "trained_tokens_per_second": size.trained / seconds,
                 "tflops_per_second": flops / 1e12,
@@ -211,11 +220,12 @@ class _Reporter:
                 flat["mfu"] = flops / self._peak
         self._steps += 1
         run.writer.write(step.number, flat)
-        rate = f" {flat['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in flat else ""
-        self._progress.update(
-            step.number,
-            f"loss {flat.get('loss', math.nan):.4f} lr {flat['learning_rate']:.2e}{rate}",
-        )
+        shown = [f"loss {flat.get('loss', math.nan):.4f}"]
+        shown += [f"{name} {flat[name]:.3f}" for name in WATCHED if name in flat]
+        shown += [f"lr {flat['learning_rate']:.2e}"]
+        if "tokens_per_second" in flat:
+            shown += [f"{flat['tokens_per_second']:,.0f} tok/s"]
+        self._progress.update(step.number, " ".join(shown))
         for name in ("loss", "grad_norm"):
             if not math.isfinite(flat.get(name, math.nan)):
                 last = run.checkpoints.latest()
@@ -270,5 +280,6 @@ class _Trace:
 
 
 def _evaluation_line(step: int, metrics: dict[str, float]) -> str:
-    losses = {k: v for k, v in metrics.items() if k.endswith("/loss")}
-    return f"evaluation at step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items())
+    ends = tuple(f"/{name}" for name in ("loss", *WATCHED))
+    shown = [f"{k} {v:.4f}" for k, v in metrics.items() if k.endswith(ends)]
+    return f"evaluation at step {step}: " + ", ".join(shown)

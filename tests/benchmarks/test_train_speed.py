@@ -32,7 +32,7 @@ def test_a_step_of_the_golden_model(data_dir: Path, tmp_path: Path, dtype: str) 
         f"train.steps={STEPS}",
         "export=false",
     ]
-    assert setup.run_sft(config.load(sft.Config, [], keys), jax.devices()[:1]) == 0
+    assert setup.run(config.load(sft.Config, [], keys), jax.devices()[:1]) == 0
     text = (tmp_path / "run/metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     later = [line for line in lines if line["step"] > 5]

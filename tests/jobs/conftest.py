@@ -32,7 +32,7 @@ def run_sft(golden_keys: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
         folder = folder or tmp_path_factory.mktemp("run")
         cfg = config.load(sft.Config, [], [*golden_keys, f"run_dir={folder}", *keys])
-        code = setup.run_sft(cfg, jax.devices()[:devices])
+        code = setup.run(cfg, jax.devices()[:devices])
         return Finished(code, folder)
 
     return run

@@ -30,7 +30,7 @@ def test_between_first_and_last_step_sigterm_is_only_noted() -> None:
         at_once = signal.getsignal(signal.SIGTERM)
         preemption = loop.Preemption()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.reached(1)
+        assert preemption.reached()
         preemption.close()
         assert signal.getsignal(signal.SIGTERM) is at_once
 

@@ -1,0 +1,65 @@
+"""Preference optimisation: a tuned model and pairs of answers -> a model that prefers the chosen.
+
+Prepares the pairs (once: there is a cache), computes what the reference says of them (once, too:
+the parameters that training starts from, frozen), plans every batch, trains, evaluates on
+held-out pairs, keeps checkpoints, and at the end writes <run_dir>/export, a Hugging Face folder.
+Start it again and it goes on where it was, the reference's pass included. It leaves out rewards
+that answers are sampled for, and adapters: those are other jobs.
+    posttrain preference configs/preference/hh_rlhf.yaml model.path=MODEL run_dir=runs/first
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from posttrain.chat.template import ChatConfig
+from posttrain.checkpoint import CheckpointConfig, RunDir
+from posttrain.config import Config as Section
+from posttrain.config import runtime, semantic, variant
+from posttrain.data.config import DataConfig
+from posttrain.data.plan import BatchConfig
+from posttrain.losses import PAIR_LOSSES
+from posttrain.losses.dpo import DPO
+from posttrain.metrics import LogConfig
+from posttrain.models.spec import ModelConfig
+from posttrain.optim import OptimConfig
+from posttrain.sharding import DistributedConfig, MeshConfig
+from posttrain.train.config import EvalConfig, TrainConfig
+
+
+class Config(Section):
+    """The whole of a preference run."""
+
+    job: Literal["preference"] = semantic("preference", help="names the job")
+    run_dir: RunDir = runtime(
+        Path("runs/preference"), help="the run's folder: checkpoints, metrics, export"
+    )
+    seed: int = semantic(0, ge=0, help="of the order of pairs")
+    model: ModelConfig = semantic(help="what is trained; as it is before, it is the reference")
+    chat: ChatConfig = semantic(ChatConfig(), help="how conversations become tokens")
+    data: DataConfig = semantic(help="the pairs it is trained on")
+    batch: BatchConfig = semantic(help="what one optimiser step holds; examples are pairs")
+    loss: Annotated[Section, variant(PAIR_LOSSES, "dpo")] = semantic(
+        DPO(), help="what is minimised"
+    )
+    reference: Literal["cached", "live"] = runtime(
+        "cached",
+        help="cached: its log-probs are computed once, before training, and kept with the data; "
+        "live: computed in every step, from a second set of weights",
+    )
+    optim: OptimConfig = semantic(OptimConfig(), help="how")
+    train: TrainConfig = semantic(TrainConfig(), help="how long")
+    eval: EvalConfig = runtime(EvalConfig(), help="held-out sets of pairs")
+    mesh: MeshConfig = runtime(MeshConfig(), help="how devices are laid out")
+    distributed: DistributedConfig = runtime(DistributedConfig(), help="how processes meet")
+    checkpoint: CheckpointConfig = semantic(CheckpointConfig(), help="saving and resuming")
+    log: LogConfig = runtime(LogConfig(), help="metrics")
+    export: bool = runtime(True, help="write <run_dir>/export, a Hugging Face folder, at the end")
+
+
+def run(cfg: Config) -> int:
+    """Exit code: 0 done, 75 told to stop and saved. Raises ValueError on what the user can mend."""
+    from posttrain.train import setup  # flax, orbax and grain load here, not for --help
+
+    return setup.run(cfg, pairs=True, reference=cfg.reference)

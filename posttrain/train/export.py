@@ -1,0 +1,53 @@
+"""What a finished run leaves for others: a Hugging Face folder with a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from posttrain.checkpoint import is_primary
+from posttrain.config import plain_dict
+from posttrain.config_yaml import to_yaml
+from posttrain.data.plan import Plan
+from posttrain.models import hf
+from posttrain.train.model import Model
+
+
+def export(cfg: Any, model: Model, plan: Plan, params: Any) -> None:
+    """<run_dir>/export: weights, config, tokenizer, template, generation config, model card."""
+    folder = Path(cfg.run_dir) / "export"
+    stop_ids = model.chat.stop_ids
+    hf.save(
+        folder, model.spec, params, model.tokenizer, dtype=cfg.model.param_dtype, stop_ids=stop_ids
+    )
+    if is_primary():
+        model.chat.save(folder)
+        (folder / "README.md").write_text(_model_card(cfg, model, plan), encoding="utf-8")
+        print(f"exported to {folder}", flush=True)
+
+
+def _model_card(cfg: Any, model: Model, plan: Plan) -> str:
+    sources = "\n".join(
+        f"- {name}: {', '.join(source.paths)}, seen {plan.repeats[name]:.4g} times an epoch"
+        for name, source in cfg.data.sources.items()
+    )
+    return f"""---
+library_name: transformers
+base_model: {cfg.model.path}
+tags: [posttrain, {cfg.job}]
+---
+# {cfg.model.path}, fine-tuned
+
+Supervised fine-tuning (posttrain {cfg.job}) of a {model.spec.family} model with
+{model.spec.parameters:,} parameters: {plan.steps:,} optimiser steps, trained on the assistant's
+turns ({cfg.chat.train_on}) of
+
+{sources}
+
+Conversations are rendered by the chat template in this folder; generation ends at the tokens
+`eos_token_id` of generation_config.json. The run's config:
+
+```yaml
+{to_yaml(plain_dict(cfg)).strip()}
+```
+"""

@@ -1,0 +1,74 @@
+"""What planning, compiling, evaluating and the reference of an offline run have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from posttrain import checkpoint, sharding
+from posttrain.checkpoint import is_primary
+from posttrain.data.cache import Cache
+from posttrain.data.config import DataConfig
+from posttrain.data.plan import BatchConfig, Plan
+from posttrain.data.prepare import prepare
+from posttrain.train.evaluate import HeldOut
+from posttrain.train.model import Model
+from posttrain.train.step import Forward, eval_step_fn
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run's config, its devices and its model. pairs: its data are preference pairs."""
+
+    cfg: Any
+    mesh: jax.sharding.Mesh
+    model: Model
+    pairs: bool
+
+    def plan(self, cache: Cache, data: DataConfig, batch: BatchConfig, **length: Any) -> Plan:
+        """`length`: epochs= or steps=."""
+        return Plan(
+            cache,
+            batch,
+            seq_len=data.seq_len,
+            seed=self.cfg.seed,
+            batch_shards=sharding.batch_shards(self.mesh),
+            sources=data.sources,
+            **length,
+        )
+
+    def forward(self, plan: Plan, sources: int) -> Forward:
+        return Forward(
+            self.model.graphdef,
+            self.cfg.loss,
+            self.mesh,
+            budget=plan.head_budget(),
+            head_chunk=self.cfg.train.head_chunk,
+            sources=sources,
+        )
+
+    def held_out(self) -> list[HeldOut]:
+        """Each evaluation set: one epoch, in order, laid out as training's batches are."""
+        sets = []
+        for name, source in self.cfg.eval.sets.items():
+            data = self.cfg.data.model_copy(update={"sources": {name: source}})
+            cache = self.prepare(data, "eval.sets")
+            batch = self.cfg.batch.model_copy(update={"order": "sequential"})
+            plan = self.plan(cache, data, batch, epochs=1)
+            sets.append(HeldOut(name, cache, plan, eval_step_fn(self.forward(plan, 1))))
+        return sets
+
+    def prepare(self, data: DataConfig, section: str) -> Cache:
+        return prepare(
+            data, self.model.chat, pairs=self.pairs, is_primary=is_primary(), section=section
+        )
+
+    def restored(self, source: str) -> Any:
+        """The parameters of a run's checkpoint, laid out as the model's."""
+        layout = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding),
+            self.model.params,
+        )
+        return checkpoint.restore_params(source, layout)
