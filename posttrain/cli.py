@@ -3,7 +3,8 @@
 A job is a module with `Config` and `run(cfg) -> int | None`, imported only when it is chosen.
 It may also have
   ACTIONS  dict of action -> one line; then it is `run(cfg, action)`, and an action must be given;
-  ACCEPTS  names of jobs whose configs it takes too (it reads the sections both have).
+  ACCEPTS  name of a job whose configs it takes too (it reads the sections both have) -> keys of
+           its own that such a config means.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _run(name: str, words: list[str], overrides: list[str], flags: list[str]) ->
     from posttrain.config import load, resolved_yaml
 
     files = [word for word in words if _is_file(word)]
-    config = load(job.Config, files, overrides, accepts=getattr(job, "ACCEPTS", ()))
+    config = load(job.Config, files, overrides, accepts=getattr(job, "ACCEPTS", {}))
     if "--show" in flags:
         print(resolved_yaml(config), end="")
         return 0

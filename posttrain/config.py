@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -139,19 +140,20 @@ def load(
     paths: Sequence[Any] = (),
     overrides: Sequence[str] = (),
     *,
-    accepts: Sequence[str] = (),
+    accepts: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> ConfigT:
     """Reads, merges left to right, and checks: every problem in one ConfigError.
 
     If the class has a field `job`, some file must name that job. A config of a job in `accepts`
-    is taken too: the sections both classes have are read, its other ones are passed over.
+    is taken too: the sections both classes have are read, its other ones are passed over, and the
+    keys that stand with the job in `accepts` are set.
     """
     layer, known = Layer(), config_cls.model_fields
     for path in paths:
         _merge(layer, read_file(path), config_cls)
     job = known["job"].default if "job" in known else None
-    if job and layer.tree.get("job") in accepts:
-        layer.tree = {k: v for k, v in layer.tree.items() if k in known} | {"job": job}
+    if job and (means := accepts.get(layer.tree.get("job", ""))) is not None:
+        layer.tree = {k: v for k, v in layer.tree.items() if k in known} | {"job": job, **means}
     if job and not paths:
         layer.tree["job"] = job
     _merge(layer, read_overrides(overrides), config_cls)

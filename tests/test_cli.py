@@ -150,7 +150,7 @@ def test_a_job_takes_the_configs_it_accepts(job, tmp_path, capsys):
     assert cli.main(["toy", str(path)]) == 2
     assert "posttrain sft" in capsys.readouterr().err
     seen = []
-    job.ACCEPTS = ("sft",)
+    job.ACCEPTS = {"sft": {}}
     job.run = seen.append
     assert cli.main(["toy", str(path)]) == 0
     assert seen == [ToyConfig(steps=4)]

@@ -200,9 +200,11 @@ def test_the_job_is_named_and_checked(write):
     assert "posttrain serve" in problems_of([other])["job"]
     assert "job: train" in problems_of([write("none.yaml", "seed: 1")])["job"]
     assert load(Job, [], ["seed=1"]).job == "train"
-    accepted = load(Job, [other], accepts=["serve"])
+    accepted = load(Job, [other], accepts={"serve": {}})
     assert (accepted.seed, accepted.job) == (2, "train")
-    assert "port" in problems_of([other], ["port=81"], accepts=["serve"]), "typed for this job"
+    assert load(Job, [other], accepts={"serve": {"seed": 7}}).seed == 7
+    assert load(Job, [other], ["seed=3"], accepts={"serve": {"seed": 7}}).seed == 3
+    assert "port" in problems_of([other], ["port=81"], accepts={"serve": {}}), "typed for this job"
 
 
 def test_another_type_drops_the_keys_of_the_old_one(write):

@@ -25,8 +25,8 @@ class SourceConfig(Config):
     fields: dict[str, str] = semantic(
         {},
         help="own columns: {user: question, assistant: answer, system: ...}, {text: ...}, "
-        "{prompt:, completion:} or {messages:, tools:}; a value is a column, a dotted path "
-        "into it, or a text with {column} in it",
+        "{prompt:, completion:} or {messages:, tools:}; of pairs {user:, chosen:, rejected:}; a "
+        "value is a column, a dotted path into it, or a text with {column} in it",
     )
     weight: float | None = semantic(
         None, gt=0, help="share in the mixture, against the other sources' weights"
@@ -72,7 +72,8 @@ class DataConfig(Config):
     seq_len: int = semantic(1024, ge=8, help="most tokens of one example, and of one packed row")
     too_long: TooLong = semantic(
         "truncate_end",
-        help="an example over seq_len: truncate_end, truncate_start, split, drop or error",
+        help="an example over seq_len: truncate_end, truncate_start, split (not of pairs), drop "
+        "or error",
     )
     on_bad_row: Literal["error", "skip"] = semantic(
         "error", help="rows that break the rules: error (all listed at once), or skip (counted)"

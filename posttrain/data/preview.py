@@ -22,6 +22,7 @@ from rich.text import Text
 from posttrain.chat.tokenizer import Tokenizer
 from posttrain.data.pipeline import make_rows
 from posttrain.data.plan import Plan
+from posttrain.data.rows import SIDES
 from posttrain.types import Example
 
 REST = "\N{TWO DOT LEADER}"  # stands for the further tokens of a character that several make up
@@ -57,6 +58,7 @@ class Segment:
     source: str
     place: str
     pieces: list[Piece]
+    side: str = ""  # of a pair: "pair 3, chosen"
 
     @property
     def trained(self) -> int:
@@ -113,14 +115,11 @@ def _read_row(
     for s in range(batch.segment_ids.max()):
         where = batch.segment_ids == s + 1
         example = int(batch.example_ids[s])
-        pieces = to_pieces(
-            tokenizer,
-            batch.tokens[where].tolist(),
-            batch.loss_weights[where].tolist(),
-            batch.positions[where].tolist(),
-        )
+        arrays = (batch.tokens, batch.loss_weights, batch.positions)
+        pieces = to_pieces(tokenizer, *(array[where].tolist() for array in arrays))
         source = plan.index.source_names[batch.source_ids[s]]
-        segments.append(Segment(s + 1, example, source, examples.place(example), pieces))
+        side = f"pair {example // 2}, {SIDES[example % 2]}" if plan.sides == 2 else ""
+        segments.append(Segment(s + 1, example, source, examples.place(example), pieces, side))
     return Row(step, a, b, segments, int((batch.segment_ids == 0).sum()))
 
 
@@ -215,8 +214,9 @@ def to_terminal(rows: Sequence[Row], console: Console) -> None:
 
 def _heading(segment: Segment) -> str:
     return (
-        f"segment {segment.number}: example {segment.example}, {segment.source}, {segment.place}, "
-        f"{_count(len(segment.pieces), 'token')}, {segment.trained:,} trained"
+        f"segment {segment.number}: {segment.side or f'example {segment.example}'}, "
+        f"{segment.source}, {segment.place}, {_count(len(segment.pieces), 'token')}, "
+        f"{segment.trained:,} trained"
     )
 
 

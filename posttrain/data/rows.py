@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+SIDES = ("chosen", "rejected")
+"""Of a pair, in the order of its examples."""
 SHOWN = 60  # characters of a bad value that a message repeats
 
 

@@ -13,13 +13,12 @@ from posttrain.data.config import SourceConfig, TooLong
 from posttrain.data.fit import fit, fit_pair, prompts_differ, same, trained
 from posttrain.data.formats import get_format
 from posttrain.data.report import SourceReport
-from posttrain.data.rows import Defect, RowError
+from posttrain.data.rows import SIDES, Defect, RowError
 from posttrain.data.sources import Block
 from posttrain.types import Conversation, Example, Pair, Sample
 
 TOO_LONG = "over data.seq_len"
 """In the `found` of a row that is too long."""
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Training data before it is trained on: tokenised, looked at, or checked line by line.
 
-A config of the sft job will do as it is: the sections model, chat, data and batch are read. Nothing
-here needs a device, or weights: of the model, only tokenizer and template.
+A config of the sft or the preference job will do as it is (of the latter, the sources are read as
+pairs): the sections model, chat, data and batch are read. Nothing here needs a device, or weights:
+of the model, only tokenizer and template.
 
     posttrain data check configs/sft/qwen3_gsm8k.yaml data.sources.gsm8k.path=train.jsonl
 """
@@ -23,7 +24,7 @@ ACTIONS = {
     "preview": "show rows as they are trained on, in colour, and as an HTML page",
     "check": "list every bad line with field, what was found and what to do; exit code 1 if any",
 }
-ACCEPTS = ("sft",)
+ACCEPTS = {"sft": {}, "preference": {"pairs": True}}
 _TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
 
@@ -43,6 +44,7 @@ class Config(Section):
     model: ModelConfig = semantic(help="the model whose tokenizer and template are used")
     chat: ChatConfig = semantic(ChatConfig(), help="how conversations become tokens")
     data: DataConfig = semantic(help="the sources")
+    pairs: bool = semantic(False, help="the sources hold preference pairs, not samples to imitate")
     batch: BatchConfig = semantic(BatchConfig(rows=8), help="how rows are packed (preview)")
     preview: PreviewConfig = runtime(PreviewConfig(), help="what preview shows")
 
@@ -81,7 +83,7 @@ def _tokenizer_folder(path: str) -> Path:
 def _prepare(cfg: Config, chat: Any) -> int:
     from posttrain.data.prepare import prepare
 
-    print(prepare(cfg.data, chat).folder)
+    print(prepare(cfg.data, chat, pairs=cfg.pairs).folder)
     return 0
 
 
@@ -90,7 +92,7 @@ def _preview(cfg: Config, chat: Any) -> int:
     from posttrain.data.prepare import prepare
     from posttrain.data.preview import preview
 
-    cache = prepare(cfg.data, chat)
+    cache = prepare(cfg.data, chat, pairs=cfg.pairs)
     data = cfg.data
     plan = Plan(
         cache, cfg.batch, seq_len=data.seq_len, seed=cfg.seed, epochs=1, sources=data.sources
@@ -103,7 +105,7 @@ def _preview(cfg: Config, chat: Any) -> int:
 def _check(cfg: Config, chat: Any) -> int:
     from posttrain.data.check import check
 
-    checked = check(cfg.data, chat, quiet=False)
+    checked = check(cfg.data, chat, pairs=cfg.pairs, quiet=False)
     for defect in checked.defects:
         print(defect)
     if rendered := next((d.rendered for d in checked.defects if d.rendered), ""):

@@ -57,6 +57,7 @@ class Examples:
         self.trained = np.array([(e.loss_weights > 0).sum() for e in self.examples], np.int32)
         self.source_ids = np.array([0, 1, 1, 0], np.int32)
         self.source_names = ["sums", "<b>odd</b>"]
+        self.sides = 1
 
     def __getitem__(self, i: int) -> Example:
         return self.examples[i]

@@ -15,11 +15,14 @@ from posttrain.data.config import SourceConfig
 from posttrain.data.formats.alpaca import FORMAT as ALPACA
 from posttrain.data.formats.base import Format
 from posttrain.data.formats.fields import FORMAT as FIELDS
+from posttrain.data.formats.hh import FORMAT as HH
+from posttrain.data.formats.llama_factory import FORMAT as LLAMA_FACTORY
 from posttrain.data.formats.messages import FORMAT as MESSAGES
 from posttrain.data.formats.preference import FORMAT as PREFERENCE
 from posttrain.data.formats.prompt_completion import FORMAT as PROMPT_COMPLETION
 from posttrain.data.formats.sharegpt import FORMAT as SHAREGPT
 from posttrain.data.formats.text import FORMAT as TEXT
+from posttrain.data.formats.ultrafeedback import FORMAT as ULTRAFEEDBACK
 
 FORMATS: dict[str, Format] = {
     "messages": MESSAGES,
@@ -29,6 +32,9 @@ FORMATS: dict[str, Format] = {
     "text": TEXT,
     "fields": FIELDS,
     "preference": PREFERENCE,
+    "hh": HH,
+    "llama_factory": LLAMA_FACTORY,
+    "ultrafeedback": ULTRAFEEDBACK,
 }
 
 PLAIN_FIELDS = "user: question, assistant: answer"
@@ -87,6 +93,12 @@ def find_format(row: Any, cfg: SourceConfig, place: str, *, pairs: bool = False)
         raise ValueError(
             f"{place}: the columns ({columns}) fit {' and '.join(found)}: "
             f"name one with format: {found[0]}"
+        )
+    if pairs and isinstance(row, Mapping) and {"chosen", "rejected"} <= row.keys():
+        raise ValueError(
+            f"{place}: answers without what they answer (columns: {columns}): name its column, as "
+            "in fields: {user: question, chosen: chosen, rejected: rejected}, or give both sides "
+            "as lists of messages"
         )
     if pairs and kinds[False]:
         raise ValueError(

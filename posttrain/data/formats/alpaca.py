@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.config import SourceConfig
-from posttrain.data.formats.base import Format, as_object
+from posttrain.data.formats.base import Format, Turns, as_object
 from posttrain.data.rows import Problem, RowError, text_problem, wrong_type
 from posttrain.types import Conversation
 
@@ -23,12 +23,24 @@ def detect(row: Any) -> bool:
 def convert(row: Any, cfg: SourceConfig) -> Conversation:
     row = as_object(row, COLUMNS)
     problems: list[Problem] = []
+    messages = list(prompt(row, problems).messages)
+    if problem := text_problem(row.get("output"), "output"):
+        problems.append(problem)
+    if problems:
+        raise RowError(problems)
+    return Conversation((*messages, {"role": "assistant", "content": row["output"]}))
+
+
+def prompt(row: Mapping[str, Any], problems: list[Problem]) -> Turns:
+    """All but the answer; what is wrong goes to `problems`."""
     messages: list[dict[str, Any]] = []
+    places: list[str] = []
 
     def add(role: str, text: Any, field: str) -> None:
         if problem := text_problem(text, field):
             problems.append(problem)
         messages.append({"role": role, "content": text})
+        places.append(field)
 
     if row.get("system") not in (None, ""):
         add("system", row["system"], "system")
@@ -48,10 +60,7 @@ def convert(row: Any, cfg: SourceConfig) -> Conversation:
             problems.append(problem)
         elif isinstance(row.get("instruction"), str):
             messages[-1]["content"] = f"{row['instruction']}\n{row['input']}"
-    add("assistant", row.get("output"), "output")
-    if problems:
-        raise RowError(problems)
-    return Conversation(tuple(messages))
+    return Turns(messages, places)
 
 
 FORMAT = Format(detect, convert)

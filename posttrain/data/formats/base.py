@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,22 @@ class Format:
     detect: Callable[[Any], bool]
     convert: Callable[[Any, SourceConfig], Sample | Pair]
     pairs: bool | None = False
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Raw messages, and where in its row each lies."""
+
+    messages: Sequence[Any]
+    places: Sequence[str]
+
+    @classmethod
+    def of(cls, messages: Sequence[Any], name: str) -> Turns:
+        return cls(messages, [f"{name}[{i}]" for i in range(len(messages))])
+
+    def split(self, at: int) -> tuple[Turns, Turns]:
+        head = Turns(self.messages[:at], self.places[:at])
+        return head, Turns(self.messages[at:], self.places[at:])
 
 
 def as_object(row: Any, columns: tuple[str, ...]) -> Mapping[str, Any]:

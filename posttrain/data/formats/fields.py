@@ -1,8 +1,11 @@
 """Any row, by a mapping in the config: `fields: {user: question, assistant: answer}`.
 
 The parts are system, user, reasoning, assistant (a conversation of one turn); text; prompt and
-completion; or messages and tools (in OpenAI's or ShareGPT's shape, under other names). A value is a
-column, a dotted path into one (`data.question`, `answers.0`), or a text with columns in braces
+completion; or messages and tools (in OpenAI's or ShareGPT's shape, under other names). Of pairs:
+chosen and rejected, with user (a text), with prompt (in any shape of the format `preference`; texts
+are templated where system or tools are named too) or alone (lists or transcripts that begin with
+the prompt); system and tools beside them. A value is a column, a dotted path into one
+(`data.question`, `answers.0`), or a text with columns in braces
 (`"{question}\\nAnswer in one word."`).
 """
 
@@ -13,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.config import SourceConfig
-from posttrain.data.formats import messages, prompt_completion, sharegpt
+from posttrain.data.formats import hh, messages, preference, prompt_completion, sharegpt
 from posttrain.data.formats.base import Format
-from posttrain.data.rows import Problem, RowError, text_problem, wrong_type
-from posttrain.types import Conversation, Sample, Text
+from posttrain.data.rows import SIDES, Problem, RowError, text_problem, wrong_type
+from posttrain.types import Conversation, Pair, Sample, Text
 
 TURN = ("system", "user", "reasoning", "assistant")
 # each set of parts that makes a sample: the parts it must have, the parts it may have
@@ -25,6 +28,8 @@ SHAPES = (
     ({"text"}, {"text"}),
     ({"prompt", "completion"}, {"prompt", "completion", "system", "tools"}),
     ({"messages"}, {"messages", "system", "tools"}),
+    ({"user", *SIDES}, {"user", *SIDES, "system", "tools"}),
+    ({*SIDES}, {"prompt", *SIDES, "system", "tools"}),
 )
 _BRACES = re.compile(r"\{([^{}]+)\}")
 _ABSENT = object()
@@ -34,12 +39,13 @@ def detect(row: Any) -> bool:
     return False  # only the config can ask for it
 
 
-def convert(row: Any, cfg: SourceConfig) -> Sample:
+def convert(row: Any, cfg: SourceConfig) -> Sample | Pair:
     parts = set(cfg.fields)
     if not any(needed <= parts <= allowed for needed, allowed in SHAPES):
         raise ValueError(
             f"fields: {{{', '.join(sorted(parts))}}} makes no sample: name user and assistant "
-            "(system, reasoning beside them), text, prompt and completion, or messages (tools)"
+            "(system, reasoning beside them), text, prompt and completion, messages (tools), or "
+            "for pairs user, chosen and rejected (system, tools)"
         )
     if not isinstance(row, Mapping):
         raise RowError([wrong_type("row", row, "an object")])
@@ -57,7 +63,22 @@ def convert(row: Any, cfg: SourceConfig) -> Sample:
     if "messages" in values:
         inner = sharegpt if sharegpt.detect(values) else messages
         return inner.convert(values, cfg)
+    if "chosen" in values:
+        return _pair(values, cfg)
     return _turn(values, cfg)
+
+
+def _pair(values: Mapping[str, Any], cfg: SourceConfig) -> Pair:
+    prompt = "user" if "user" in values else "prompt"
+    chosen, rejected = (cfg.fields[side] for side in SIDES)
+    names = (cfg.fields.get(prompt, prompt), chosen, rejected)
+    given = {"prompt": values.get(prompt), **{side: values[side] for side in SIDES}}
+    if prompt == "user" and (problem := text_problem(given["prompt"], names[0])):
+        raise RowError([problem])
+    if hh.detect(given):
+        return hh.pair(given, values, names, cfg)
+    templated = bool({"user", "system", "tools"} & values.keys())
+    return preference.pair(given, values, names, cfg, templated=templated)
 
 
 def _turn(values: Mapping[str, Any], cfg: SourceConfig) -> Conversation:

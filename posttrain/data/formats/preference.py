@@ -11,12 +11,11 @@ answer begins (TRL cuts them at the first character that differs, which may lie 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.config import SourceConfig
-from posttrain.data.formats.base import Format, as_object
+from posttrain.data.formats.base import Format, Turns, as_object
 from posttrain.data.formats.messages import EXTRA, conversation
 from posttrain.data.rows import Problem, RowError, show, text_problem, wrong_type
 from posttrain.types import Conversation, Pair, Text
@@ -26,22 +25,6 @@ Names = tuple[str, str, str]
 """What problems call prompt, chosen and rejected."""
 TRANSCRIPT = "\n\nHuman:"
 """What a transcript (the format `hh`) begins with."""
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Raw messages, and where in its row each lies."""
-
-    messages: Sequence[Any]
-    places: Sequence[str]
-
-    @classmethod
-    def of(cls, messages: Sequence[Any], name: str) -> Turns:
-        return cls(messages, [f"{name}[{i}]" for i in range(len(messages))])
-
-    def split(self, at: int) -> tuple[Turns, Turns]:
-        head = Turns(self.messages[:at], self.places[:at])
-        return head, Turns(self.messages[at:], self.places[at:])
 
 
 def detect(row: Any) -> bool:
@@ -186,7 +169,13 @@ def _answer(answer: Any, name: str, problems: list[Problem]) -> Turns:
         return Turns.of(answer, name)
     if not isinstance(answer, str):
         problems.append(wrong_type(name, answer, "a text or a list of messages"))
-    elif problem := text_problem(answer, name):
+        return Turns((), ())
+    return text_answer(answer, name, problems)
+
+
+def text_answer(answer: Any, name: str, problems: list[Problem]) -> Turns:
+    """The one message of an answer's text; what is wrong goes to `problems`."""
+    if problem := text_problem(answer, name):
         found = problem.found.replace("empty text", "empty answer")
         problems.append(Problem(name, found, problem.fix.replace("text", "answer")))
     return Turns([{"role": "assistant", "content": answer}], [name])

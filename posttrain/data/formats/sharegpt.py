@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.config import SourceConfig
-from posttrain.data.formats.base import Format, as_object, items_have
+from posttrain.data.formats.base import Format, Turns, as_object, items_have
 from posttrain.data.formats.messages import EXTRA, conversation
 from posttrain.data.normal import did_you_mean
 from posttrain.data.rows import Problem, RowError, show, wrong_type
@@ -44,24 +44,28 @@ def convert(row: Any, cfg: SourceConfig) -> Conversation:
     if not isinstance(turns, (list, tuple)):
         raise RowError([wrong_type(column, turns, "a list of turns with from and value")])
     problems: list[Problem] = []
-    messages: list[dict[str, Any]] = []
-    for i, turn in enumerate(turns):
-        _add(messages, turn, f"{column}[{i}]", cfg, problems)
+    made = to_messages(Turns.of(turns, column), problems)
     if problems:
         raise RowError(problems)
-    return conversation(messages, row, column, cfg)
+    return conversation(made.messages, row, column, cfg, list(made.places))
+
+
+def to_messages(turns: Turns, problems: list[Problem]) -> Turns:
+    """The turns as messages with a role and content; what is wrong goes to `problems`."""
+    messages: list[dict[str, Any]] = []
+    places: list[str] = []
+    for turn, at in zip(turns.messages, turns.places, strict=True):
+        if not isinstance(turn, Mapping):
+            problems.append(wrong_type(at, turn, "an object with from and value"))
+            continue
+        _add(messages, turn, at, problems)
+        places += [at] * (len(messages) - len(places))
+    return Turns(messages, places)
 
 
 def _add(
-    messages: list[dict[str, Any]],
-    turn: Any,
-    at: str,
-    cfg: SourceConfig,
-    problems: list[Problem],
+    messages: list[dict[str, Any]], turn: Mapping[str, Any], at: str, problems: list[Problem]
 ) -> None:
-    if not isinstance(turn, Mapping):
-        problems.append(wrong_type(at, turn, "an object with from and value"))
-        return
     speaker = turn.get("from")
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
