@@ -23,6 +23,7 @@ JOBS = {
     "data": ("posttrain.jobs.data", "prepare, preview or check training data"),
     "convert": ("posttrain.jobs.convert", "model folder or run -> Hugging Face model folder"),
     "chat": ("posttrain.jobs.chat", "talk to a model in the terminal"),
+    "doctor": ("posttrain.jobs.doctor", "the first minute on new hardware: is it right, how fast"),
     "demo": ("posttrain.jobs.demo", "base model, then SFT, on generated text, in minutes"),
 }
 FLAGS = {

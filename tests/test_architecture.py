@@ -24,6 +24,7 @@ RANKS = {
     "sampling": 4,
     "train": 5,
     "report": 6,
+    "doctor": 6,
     "jobs": 7,
     "cli": 8,
 }
@@ -31,6 +32,7 @@ RANKS = {
 REGISTRIES = {
     "losses": (("LOSSES", "PAIR_LOSSES"), {"pairs"}),
     "data/formats": (("FORMATS",), {"base"}),
+    "doctor": (("CHECKS",), {"base"}),
 }
 NOT_FOR_CONFIG_MODULES = {
     "flax",
