@@ -9,7 +9,7 @@ import numpy as np
 
 from posttrain.chat.config import ChatConfig
 from posttrain.data.config import TooLong
-from posttrain.types import Conversation, Example, Sample
+from posttrain.types import Conversation, Example, Message, Pair, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,37 +114,31 @@ def same(a: Example, b: Example) -> bool:
     return np.array_equal(a.tokens, b.tokens) and np.array_equal(a.loss_weights, b.loss_weights)
 
 
-def prompts_differ(samples: Sequence[Sample], sides: Sequence[Example], cfg: ChatConfig) -> bool:
+def prompts_differ(pair: Pair, chosen: Example, rejected: Example, cfg: ChatConfig) -> bool:
     """Whether a pair's sides do not begin with the same tokens before the first trained one.
 
     A template may render the messages they share by what follows (earlier thinking dropped or
-    kept). False too where the sides' messages part before what is trained, and that cannot be told.
+    kept). False too of texts, and where the sides part before what is trained: it cannot be told.
     """
-    first = [_first_trained(sample, cfg) for sample in samples]
-    if first[0] is None or first[0] != first[1]:
+    before, other = _before_training(pair.chosen, cfg), _before_training(pair.rejected, cfg)
+    if before is None or before != other:
         return False
-    chosen, rejected = (sample.messages[: first[0]] for sample in samples)  # pyright: ignore
-    if chosen != rejected:
-        return False
-    shared = common_prefix(sides[0].tokens, sides[1].tokens)
-    return shared < min(int(np.argmax(side.loss_weights > 0)) for side in sides)
+    starts = (int(np.argmax(side.loss_weights > 0)) for side in (chosen, rejected))
+    return common_prefix(chosen.tokens, rejected.tokens) < min(starts)
 
 
-def _first_trained(sample: Sample, cfg: ChatConfig) -> int | None:
-    """The message in which training starts; None of a text, or where it does not start with it."""
+def _before_training(sample: Sample, cfg: ChatConfig) -> Sequence[Message] | None:
+    """The messages before the first trained one; None where that is not trained from its start."""
     if not isinstance(sample, Conversation):
         return None
-    turns = [
-        i
-        for i, m in enumerate(sample.messages)
-        if m["role"] == "assistant" and (cfg.train_on == "last" or m.get("weight", 1))
-    ]
-    turn = turns[-1 if cfg.train_on == "last" else 0]
-    thinks = (
-        "reasoning_content" in sample.messages[turn]
-        or "</think>" in sample.messages[turn]["content"]
-    )
-    return None if thinks and not cfg.train_thinking else turn
+    turns = [i for i, m in enumerate(sample.messages) if m["role"] == "assistant"]
+    if cfg.train_on == "last":
+        turn = turns[-1]
+    else:
+        turn = next(i for i in turns if sample.messages[i].get("weight", 1))
+    answer = sample.messages[turn]
+    thinks = "reasoning_content" in answer or "</think>" in answer["content"]
+    return None if thinks and not cfg.train_thinking else sample.messages[:turn]
 
 
 def _tail(example: Example, bos: int, start: int, end: int) -> Example:

@@ -84,7 +84,7 @@ class Job:
             if self.pairs:
                 for k, line in enumerate(lines):
                     both = slice(2 * k, 2 * k + 2)
-                    self._keep_pair(done, line, samples[both], examples[both])
+                    self._keep_pair(done, line, Pair(*samples[both]), examples[both])
             else:
                 for line, made in zip(lines, examples, strict=True):
                     self._keep(done, line, made)
@@ -105,7 +105,7 @@ class Job:
                 done.keep(line, self._fit(example, done.report))
 
     def _keep_pair(
-        self, done: _Done, line: int, samples: list[Sample], made: list[list[Example] | ValueError]
+        self, done: _Done, line: int, pair: Pair, made: list[list[Example] | ValueError]
     ) -> None:
         """Both sides of one row, or neither."""
         assert self.chat is not None, "a pair without a template"
@@ -141,8 +141,8 @@ class Job:
         if defects or over:
             done.bad(defects, over)
             return
-        done.report.prompts_differ += prompts_differ(samples, sides, self.chat.cfg)
         chosen, rejected = sides
+        done.report.prompts_differ += prompts_differ(pair, chosen, rejected, self.chat.cfg)
         bos_id = self.chat.tokenizer.bos_id
         fitted = fit_pair(chosen, rejected, self.seq_len, self.too_long, bos_id)
         if fitted.dropped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from posttrain.data.fit import fit
+from posttrain.data.fit import fit, fit_pair
 from posttrain.types import Example
 
 BOS = 1
@@ -83,3 +83,97 @@ def test_pieces_that_train_nothing_are_counted():
 def test_error_is_no_way_to_shorten():
     with pytest.raises(ValueError, match="not a way to shorten"):
         fit(example(20, 3), 8, "error", BOS)
+
+
+def side(prompt, answer, bos=True):
+    """A side of a pair: tokens of the prompt, then trained ones."""
+    tokens = [BOS] * bos + [*prompt, *answer]
+    weights = [0.0] * (bos + len(prompt)) + [1.0] * len(answer)
+    return Example(np.array(tokens, np.int32), np.array(weights, np.float32))
+
+
+def naive_fit_pair(prompts, answers, bos, room, how):
+    """The sides as lists, worked out token by token; None where the pair is dropped."""
+    sides = [[BOS] * bos + list(p) + list(a) for p, a in zip(prompts, answers, strict=True)]
+    if all(len(s) <= room for s in sides):
+        return sides
+    if how == "drop":
+        return None
+    if how == "truncate_end":
+        short = [s[:room] for s in sides]
+        left = [len(s) - bos - len(p) for s, p in zip(short, prompts, strict=True)]
+        return short if min(left) > 0 and short[0] != short[1] else None
+    while any(len(s) > room for s in sides):
+        begins = [s[bos : len(s) - len(a)] for s, a in zip(sides, answers, strict=True)]
+        if any(len(b) < 2 for b in begins) or begins[0][:2] != begins[1][:2]:
+            return None  # one more, and no token that both answer is left
+        for s in sides:
+            del s[bos]
+    return sides
+
+
+@pytest.mark.parametrize("how", ["truncate_start", "truncate_end", "drop"])
+def test_pairs_are_cut_as_by_hand(how):
+    """The prompt shrinks by as much on both sides (trl #2209), and an answer never to nothing."""
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(500):
+        bos = bool(rng.integers(2))
+        prompts = [rng.integers(100, 103, rng.integers(1, 12)).tolist()] * 2
+        if not rng.integers(4):  # a template that renders the prompt by what follows it
+            prompts = [prompts[0], [*prompts[0][:-1], 105, 106]]
+        answers = [rng.integers(200, 202, rng.integers(1, 10)).tolist() for _ in "cr"]
+        if answers[0] == answers[1]:
+            continue
+        both = [side(p, a, bos) for p, a in zip(prompts, answers, strict=True)]
+        done = fit_pair(both[0], both[1], 10, how, BOS)
+        wanted = naive_fit_pair(prompts, answers, bos, 10, how)
+        assert (wanted is None) == bool(done.dropped)
+        outcomes.add(done.dropped or ("cut" if done.cut_tokens else "whole"))
+        if wanted is None:
+            assert not done.examples
+            continue
+        assert [e.tokens.tolist() for e in done.examples] == wanted
+        for short, whole, answer in zip(done.examples, both, answers, strict=True):
+            kept = len(answer)
+            if how == "truncate_end":
+                kept -= max(0, len(whole.tokens) - 10)
+            assert short.tokens[short.loss_weights > 0].tolist() == answer[:kept]
+            assert len(short.tokens) <= 10
+        assert done.cut_tokens == sum(len(e.tokens) for e in both) - sum(map(len, wanted))
+        trained_before = sum(int((e.loss_weights > 0).sum()) for e in both)
+        trained_after = sum(int((e.loss_weights > 0).sum()) for e in done.examples)
+        assert done.cut_trained == trained_before - trained_after
+    assert (
+        outcomes
+        == {
+            "truncate_start": {"whole", "cut", "the answer alone is over seq_len"},
+            "truncate_end": {
+                "whole",
+                "cut",
+                "no trained token left on a side after truncate_end",
+                "the sides are equal after truncate_end",
+            },
+            "drop": {"whole", "longer than seq_len"},
+        }[how]
+    )
+
+
+def test_context_inside_an_answer_is_not_cut_as_prompt():
+    """A tool's result, untrained and equal on both sides, is no part of the shared prompt."""
+    weights = np.array([0, 0, 0, 1, 0, 0, 1, 1], np.float32)
+    chosen = Example(np.array([BOS, 100, 101, 200, 102, 102, 201, 201], np.int32), weights)
+    rejected = Example(np.array([BOS, 100, 101, 200, 102, 102, 202, 202], np.int32), weights)
+    done = fit_pair(chosen, rejected, 7, "truncate_start", BOS)
+    assert [e.tokens.tolist() for e in done.examples] == [
+        [BOS, 101, 200, 102, 102, 201, 201],
+        [BOS, 101, 200, 102, 102, 202, 202],
+    ]
+    dropped = "the answer alone is over seq_len"
+    assert fit_pair(chosen, rejected, 6, "truncate_start", BOS).dropped == dropped
+
+
+@pytest.mark.parametrize("how", ["split", "error"])
+def test_pairs_have_no_other_way(how):
+    with pytest.raises(ValueError, match="not a way to shorten a pair"):
+        fit_pair(side([100], range(200, 220)), side([100], [201]), 10, how, BOS)

@@ -19,7 +19,7 @@ def write_config(tmp_path, data_dir):
     """Writes the rows and a config that names them; gives the config's path."""
     tokenizer = data_dir / "data" / "tokenizers" / "minimind"
 
-    def write(rows, job="data", extra=""):
+    def write(rows, job="data", extra="", fields="user: q, assistant: a", batch="rows: 2"):
         data = tmp_path / "rows.jsonl"
         data.write_bytes(
             b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in rows)
@@ -31,8 +31,8 @@ def write_config(tmp_path, data_dir):
             "chat: {template: chatml}\n"
             "data:\n"
             f"  cache_dir: {tmp_path / 'cache'}\n"
-            f"  sources: {{sums: {{path: {data}, fields: {{user: q, assistant: a}}}}}}\n"
-            f"batch: {{rows: 2}}\n{extra}"
+            f"  sources: {{sums: {{path: {data}, fields: {{{fields}}}}}}}\n"
+            f"batch: {{{batch}}}\n{extra}"
         )
         return str(config)
 
@@ -115,3 +115,28 @@ def test_neither_the_job_nor_its_workers_load_jax(write_config):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_config_of_preference_has_pairs(write_config, tmp_path, capsys):
+    """The same three actions, on the config that training takes; the others' rows are refused."""
+    rows = [{"q": "2+2?", "good": "4", "bad": answer} for answer in ("5", "six", "22")]
+    fields, batch = "user: q, chosen: good, rejected: bad", "examples: 2, order: sequential"
+    extra = "optim: {lr: 1e-6}\nreference: live\n"
+    config = write_config(rows, "preference", extra, fields, batch)
+    words = [config, f"preview.html={tmp_path / 'page.html'}"]
+    assert cli.main(["data", "check", *words]) == 0
+    assert capsys.readouterr().out == "3 rows: no defect\n"
+    assert cli.main(["data", "prepare", *words]) == 0
+    folder = capsys.readouterr().out.splitlines()[-1]
+    index = json.loads(Path(folder, "index.json").read_text())
+    assert (index["sides"], index["examples"]) == (2, 6)
+    assert cli.main(["data", "preview", *words, "preview.rows=1"]) == 0
+    said = capsys.readouterr().out
+    for name in ("pair 0, chosen, sums", "pair 0, rejected, sums", "pair 1, rejected, sums"):
+        assert name in said
+        assert name in (tmp_path / "page.html").read_text()
+    assert "pair 2" not in said, "it is in the second step"
+    assert cli.main(["data", "check", *words, "pairs=false"]) == 1
+    assert "`posttrain preference`" in capsys.readouterr().err
+    assert cli.main(["data", "check", write_config([GOOD], "preference")]) == 1
+    assert "`posttrain sft`" in capsys.readouterr().err

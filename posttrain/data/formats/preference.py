@@ -92,12 +92,13 @@ def shared(chosen: Turns, rejected: Turns, row: Any, names: Names, cfg: SourceCo
         raise RowError([Problem(names[2], found, "remove the row")])
     problems = []
     for k, (side, name) in enumerate(zip(sides, names[1:], strict=True)):
+        other = names[2 - k]
         if at == len(side.messages):
-            found = f"the beginning of {names[2 - k]}: no answer is left beside the shared prompt"
-            problems.append(Problem(name, found, f"put the shared turns into {names[0]}"))
-        elif at == 0:
-            found = f"shares no first message with {names[2 - k]}"
-            problems.append(Problem(side.places[0], found, "both must begin with one prompt"))
+            found = f"the beginning of {other}: no answer is left beside the shared prompt"
+            raise RowError([Problem(name, found, f"put the shared turns into {names[0]}")])
+        if at == 0:
+            found, fix = f"shares no first message with {other}", "both must begin with one prompt"
+            problems.append(Problem(side.places[0], found, fix))
         elif (role := _role(side.messages[at])) in ("system", "user", "tool"):
             found = f"the sides part at a message of role {role}, not at an answer"
             problems.append(Problem(side.places[at], found, f"put the prompt into {names[0]}"))
