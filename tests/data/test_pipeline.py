@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from posttrain.data.pipeline import Pipeline, make_rows
+from posttrain.data.pipeline import Pipeline, make_rows, pair_numbers
 from posttrain.data.plan import BatchConfig, Plan
 from posttrain.types import Batch, Example
 
@@ -230,3 +230,46 @@ def test_make_rows_takes_rows_of_any_shape():
     assert (flat.source_ids == [[2, 0], [-1, -1], [1, -1]]).all()
     assert_same(make_rows(cache, layout[:1], cache.source_ids, 64),
                 Batch(*(getattr(flat, name)[:1] for name in FIELDS)))  # fmt: skip
+
+
+class FakeReference:
+    """Of token t of example i, 100 * i + t."""
+
+    def __init__(self, cache: FakeCache):
+        self.cache = cache
+
+    def read(self, ids) -> list[np.ndarray]:
+        return [100 * i + np.arange(1, self.cache.lengths[i], dtype=np.float32) for i in ids]
+
+
+def test_pairs_are_numbered_marked_and_carry_what_the_reference_said():
+    cache = FakeCache(60)
+    cache.sides, cache.source_ids = 2, np.repeat(cache.source_ids[:30], 2)
+    plan = make_plan(cache, rows=None, examples=7, accumulate=2, shards=2)
+    whole = batches(cache, plan, reference=FakeReference(cache))
+    for step, batch in enumerate(whole):
+        layout = plan.layout(step)
+        np.testing.assert_array_equal(batch.pair_ids, pair_numbers(layout))
+        assert batch.pair_ids.dtype == np.int32
+        assert batch.reference_logps.dtype == np.float32
+        for a, b, s in np.argwhere(layout >= 0):
+            i = layout[a, b, s]
+            assert batch.chosen[a, b, s] == (i % 2 == 0)
+            here = batch.segment_ids[a, b] == s + 1
+            said = batch.reference_logps[a, b, here].tolist()
+            assert said == [0.0, *(100 * i + np.arange(1, cache.lengths[i]))]
+        assert not batch.chosen[layout < 0].any()
+        assert not batch.reference_logps[batch.segment_ids == 0].any()
+    # a process that builds the second half of the rows gives pairs the same numbers
+    half = range(plan.micro_rows // 2, plan.micro_rows)
+    for mine, batch in zip(batches(cache, plan, rows=half), whole, strict=True):
+        np.testing.assert_array_equal(mine.pair_ids, batch.pair_ids[:, half])
+        np.testing.assert_array_equal(mine.chosen, batch.chosen[:, half])
+        assert mine.reference_logps is None
+
+
+def test_a_reference_of_other_data_is_refused():
+    cache, other = FakeCache(10), FakeCache(10, seed=1)
+    layout = np.arange(10, dtype=np.int32).reshape(10, 1)
+    with pytest.raises(ValueError, match=r"example \d has \d+ trained tokens, but the reference"):
+        make_rows(cache, layout, cache.source_ids, 32, reference=FakeReference(other))
