@@ -1,15 +1,21 @@
 """A small made-up world that a tiny model can learn in minutes: what `posttrain demo` trains on.
 
 Forty people have a home, a food and a hat each; besides them there are running sums of one-digit
-numbers. The world is told twice: as prose, transcripts and worked sums for a base model
-(`write_texts`), and as conversations with system prompts and second turns (`write_chats`). No text
-comes from outside: everything is a function of the seed.
+numbers. The world is told three times: as prose, transcripts and worked sums for a base model
+(`write_texts`), as conversations with system prompts and second turns (`write_chats`), and as
+pairs of answers to one prompt (`write_pairs`). No text comes from outside: everything is a function
+of the seed.
+
+What is preferred. Without a system prompt the conversations greet in every fifth answer, at random.
+The pairs prefer a greeting in the first answer and none after it, and what a system prompt asks for
+to any other form. Both answers of a pair say the right value: only their form differs.
 
 Trained and held out. A question has a *key*: the sum itself, or for a fact the system prompt, the
 earlier questions and this one. `is_held_out` goes by a hash of the key, so the split is the same in
-every run and for every seed. No turn of a training conversation and no transcript or worked sum of
-the base text is held out; a `Probe` asks what is. The facts themselves are in the prose (nobody can
-guess where a person lives): what is held out is being asked for one in just this way.
+every run and for every seed. No turn of a training conversation or of a pair and no transcript or
+worked sum of the base text is held out; a `Probe` asks what is. The facts themselves are in the
+prose (nobody can guess where a person lives): what is held out is being asked for one in just this
+way.
 """
 
 from __future__ import annotations
@@ -53,12 +59,17 @@ PHRASINGS = {
     ),
 }
 QUESTIONS = {
-    "home": ("Where does {name} live?", "What is the home of {name}?", "In what city is {name}?"),
-    "food": ("What does {name} eat?", "What is the food of {name}?", "Which food has {name}?"),
+    "home": (
+        *("Where does {name} live?", "What is the home of {name}?", "In what city is {name}?"),
+        *("Which city is home to {name}?", "In what city does {name} live?"),
+    ),
+    "food": (
+        *("What does {name} eat?", "What is the food of {name}?", "Which food has {name}?"),
+        *("What has {name} for dinner?", "Which food does {name} eat?"),
+    ),
     "hat": (
-        "What hat does {name} wear?",
-        "What colour is the hat of {name}?",
-        "Which hat is on {name}?",
+        *("What hat does {name} wear?", "What colour is the hat of {name}?"),
+        *("Which hat is on {name}?", "Which hat does {name} wear?", "What hat has {name}?"),
     ),
 }
 STYLES = {
@@ -68,6 +79,17 @@ STYLES = {
     "sentence": "Answer in a full sentence.",
 }
 THINK = "Think first."
+SYSTEM_PROMPTS = STYLES | {"thinking": THINK}
+GREETING = "Hello! "
+GREETED_SHARE = 0.2  # of the trained answers without a system prompt
+# what an answer is, whatever it says: one sentence, of this form
+FORMS = {
+    "greeting": re.compile(r"Hello! [^.!]+\."),
+    "capitals": re.compile(r"[A-Z ]+\."),
+    "brief": re.compile(r"[A-Z][a-z]+\."),
+    "sentence": re.compile(r"[A-Z][a-z]+( [A-Za-z]+){2,}\."),
+    "thinking": re.compile(r"[0-9]+\."),  # besides the thinking itself
+}
 SUM = "Work out "
 TURN_MARKS = {"user": "Question:", "assistant": "Answer:"}  # of the transcripts in the base text
 PROBE_KINDS = ("fact", "second turn", "sum", "sum, thinking")
@@ -84,45 +106,55 @@ class World:
 
 @dataclass(frozen=True)
 class Probe:
-    """A held-out question: the messages to answer, the right value, the whole right reply."""
+    """A held-out question: the messages to answer, the right value, the form that is wanted."""
 
     kind: str  # one of PROBE_KINDS
     messages: tuple[dict[str, str], ...]
     value: str
-    reply: str  # what training would have shown, without the thinking
+    form: str  # one of FORMS
+
+    @property
+    def prompted(self) -> bool:
+        """Does a system prompt ask for the form? Otherwise it is only preferred."""
+        return self.messages[0]["role"] == "system"
 
 
 @dataclass(frozen=True)
 class _Ask:
     question: str
-    reply: str
+    answer: str  # as one says it without a system prompt
     value: str
     thinking: str = ""  # the steps of a sum
+
+    def reply(self, style: str, greets: bool = False) -> dict[str, str]:
+        """The assistant's message."""
+        forms = {"capitals": self.answer.upper(), "brief": f"{self.value.capitalize()}."}
+        text = GREETING * greets + forms.get(style, self.answer)
+        message = {"role": "assistant", "content": text}
+        return message | ({"reasoning_content": self.thinking} if style == "thinking" else {})
 
 
 @dataclass(frozen=True)
 class _Chat:
-    system: str
+    style: str  # one of SYSTEM_PROMPTS
     asks: tuple[_Ask, ...]
 
     def held_out(self) -> list[bool]:
         """Per turn. A sum's key is the sum; a fact's key is all that was said before the answer."""
-        questions = [ask.question for ask in self.asks]
+        said = [SYSTEM_PROMPTS[self.style], *(ask.question for ask in self.asks)]
         return [
-            is_held_out(
-                ask.question if ask.thinking else "\n".join([self.system, *questions[: i + 1]])
-            )
+            is_held_out(ask.question if ask.thinking else "\n".join(said[: i + 2]))
             for i, ask in enumerate(self.asks)
         ]
 
-    def messages(self) -> list[dict[str, str]]:
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+    def messages(self, rng: random.Random | None = None) -> list[dict[str, str]]:
+        """With rng, a GREETED_SHARE of the answers without a system prompt greet."""
+        system = SYSTEM_PROMPTS[self.style]
+        messages = [{"role": "system", "content": system}] if system else []
         for ask in self.asks:
+            greets = rng is not None and not system and rng.random() < GREETED_SHARE
             messages.append({"role": "user", "content": ask.question})
-            answer = {"role": "assistant", "content": ask.reply}
-            if self.system == THINK:
-                answer["reasoning_content"] = ask.thinking
-            messages.append(answer)
+            messages.append(ask.reply(self.style, greets))
         return messages
 
 
@@ -153,34 +185,46 @@ def write_texts(path: str | Path, world: World, *, documents: int, lines: int = 
 def write_chats(path: str | Path, world: World, *, conversations: int, sums: float = 0.4) -> None:
     """JSONL of {"messages": [...]} to train on; `sums` is the share that asks for a sum."""
     rng = random.Random(f"chats {world.seed}")
+    chats = (_trained_chat(world, rng, sums, tuple(STYLES)) for _ in range(conversations))
+    _write(path, ({"messages": chat.messages(rng)} for chat in chats))
 
-    def trained() -> dict[str, list[dict[str, str]]]:
-        while True:
-            kind = rng.choice(PROBE_KINDS[2:]) if rng.random() < sums else None
-            chat = _chat(world, rng, kind or ("second turn" if rng.random() < 0.35 else "fact"))
-            if not any(chat.held_out()):
-                return {"messages": chat.messages()}
 
-    _write(path, (trained() for _ in range(conversations)))
+def write_pairs(path: str | Path, world: World, *, pairs: int, sums: float = 0.3) -> None:
+    """JSONL of {"prompt", "chosen", "rejected"}, lists of messages: two answers to one prompt."""
+    rng = random.Random(f"pairs {world.seed}")
+    styles = ("none", "none", *STYLES)  # half of the facts without a system prompt
+    chats = (_trained_chat(world, rng, sums, styles) for _ in range(pairs))
+    _write(path, (_pair(chat, rng) for chat in chats))
 
 
 def probes(world: World, *, each: int, kinds: Iterable[str] = PROBE_KINDS) -> list[Probe]:
-    """`each` different held-out questions of every kind; their earlier turns are not held out."""
+    """Different held-out questions; their earlier turns are not held out.
+
+    `each` of every form that an answer of the kind can have: of facts and second turns one for each
+    system prompt and one for none, of sums 4 times `each`, so that there is as much of every kind.
+    """
     found: list[Probe] = []
     for kind in kinds:
-        rng = random.Random(f"probes {kind} {world.seed}")
-        of_kind: dict[tuple[str, ...], Probe] = {}
-        while len(of_kind) < each:
-            chat = _chat(world, rng, kind)
-            *earlier, last = chat.held_out()
-            if last and not any(earlier):
-                *asked, _ = chat.messages()
-                ask = chat.asks[-1]
-                of_kind[tuple(m["content"] for m in asked)] = Probe(
-                    kind, tuple(asked), ask.value, ask.reply
-                )
-        found += of_kind.values()
+        styles = STYLES if kind in ("fact", "second turn") else ("",)
+        for style in styles:
+            rng = random.Random(f"probes {kind} {style} {world.seed}")
+            found += _probes(world, rng, kind, style, each * len(STYLES) // len(styles))
     return found
+
+
+def _probes(world: World, rng: random.Random, kind: str, style: str, count: int) -> list[Probe]:
+    found: dict[tuple[str, ...], Probe] = {}
+    drawn = 0
+    while len(found) < count:
+        if (drawn := drawn + 1) > 1000 * count:
+            raise ValueError(f"{kind}: the world has but {len(found)} held-out questions of a form")
+        chat = _chat(world, rng, kind, style)
+        *earlier, last = chat.held_out()
+        if last and not any(earlier):
+            *asked, _ = chat.messages(rng)
+            key = tuple(m["content"] for m in asked if m["role"] != "assistant")
+            found[key] = Probe(kind, tuple(asked), chat.asks[-1].value, _wanted(chat))
+    return [*found.values()]
 
 
 def plain_prompt(messages: Sequence[dict[str, str]]) -> str:
@@ -198,9 +242,10 @@ def is_right(reply: str, probe: Probe) -> bool:
     return probe.value.lower() in re.findall(r"[a-z]+|-?[0-9]+", first.lower())
 
 
-def is_as_asked(reply: str, probe: Probe) -> bool:
-    """Is the reply right to the letter: the value, in the form that the system prompt wants?"""
-    return reply.strip() == probe.reply
+def is_as_wanted(reply: str, thinking: str, probe: Probe) -> bool:
+    """Is the reply of the form that is wanted, whatever it says? `thinking` came before it."""
+    thinks = bool(thinking.strip()) == (probe.form == "thinking")
+    return thinks and FORMS[probe.form].fullmatch(reply.strip()) is not None
 
 
 def _line(world: World, rng: random.Random) -> str:
@@ -210,42 +255,62 @@ def _line(world: World, rng: random.Random) -> str:
         name, kind = rng.choice(NAMES), rng.choice(tuple(VALUES))
         return rng.choice(PHRASINGS[kind]).format(name=name, value=world.facts[name][kind])
     while True:
-        chat = _Chat("", (_ask_sum(rng) if dice < 0.85 else _ask_fact(world, rng),))
+        chat = _chat(world, rng, "sum" if dice < 0.85 else "fact", "none")
         if not any(chat.held_out()):
             break
     (ask,) = chat.asks
     if dice < 0.75:
         return f"{ask.question.removeprefix(SUM).removesuffix('.')}: {ask.thinking}."
-    return f"{plain_prompt(chat.messages()[:-1])} {ask.reply}"
+    return f"{plain_prompt(chat.messages()[:-1])} {ask.answer}"
 
 
-def _chat(world: World, rng: random.Random, kind: str) -> _Chat:
+def _trained_chat(world: World, rng: random.Random, sums: float, styles: Sequence[str]) -> _Chat:
+    while True:
+        kind = rng.choice(PROBE_KINDS[2:]) if rng.random() < sums else None
+        kind = kind or ("second turn" if rng.random() < 0.35 else "fact")
+        chat = _chat(world, rng, kind, rng.choice(styles))
+        if not any(chat.held_out()):
+            return chat
+
+
+def _chat(world: World, rng: random.Random, kind: str, style: str) -> _Chat:
     if kind in ("sum", "sum, thinking"):
-        return _Chat("" if kind == "sum" else THINK, (_ask_sum(rng),))
-    style = rng.choice(tuple(STYLES))
+        return _Chat("none" if kind == "sum" else "thinking", (_ask_sum(rng),))
     name, about = rng.choice(NAMES), rng.choice(tuple(VALUES))
-    asks = [_ask_fact(world, rng, style, name, about)]
+    asks = [_ask_fact(world, rng, name, about)]
     if kind == "second turn":
         other = rng.choice([n for n in NAMES if n != name])
-        reply = _reply(world, style, other, about)
-        asks.append(_Ask(f"And {other}?", reply, world.facts[other][about]))
-    return _Chat(STYLES[style], tuple(asks))
+        second = _ask_fact(world, rng, other, about)
+        asks.append(_Ask(f"And {other}?", second.answer, second.value))
+    return _Chat(style, tuple(asks))
 
 
-def _ask_fact(
-    world: World, rng: random.Random, style: str = "none", name: str = "", kind: str = ""
-) -> _Ask:
-    name, kind = name or rng.choice(NAMES), kind or rng.choice(tuple(VALUES))
-    question = rng.choice(QUESTIONS[kind]).format(name=name)
-    return _Ask(question, _reply(world, style, name, kind), world.facts[name][kind])
-
-
-def _reply(world: World, style: str, name: str, kind: str) -> str:
+def _ask_fact(world: World, rng: random.Random, name: str, kind: str) -> _Ask:
     value = world.facts[name][kind]
-    sentence = PHRASINGS[kind][0].format(name=name, value=value)
-    if style == "brief":
-        return f"{value.capitalize()}."
-    return sentence.upper() if style == "capitals" else sentence
+    question = rng.choice(QUESTIONS[kind]).format(name=name)
+    return _Ask(question, PHRASINGS[kind][0].format(name=name, value=value), value)
+
+
+def _wanted(chat: _Chat) -> str:
+    """The form of FORMS that the last answer should have."""
+    if chat.style != "none":
+        return chat.style
+    return "greeting" if len(chat.asks) == 1 else "sentence"
+
+
+def _pair(chat: _Chat, rng: random.Random) -> dict[str, list[dict[str, str]]]:
+    ask, wanted = chat.asks[-1], _wanted(chat)
+    greeted, plain = ask.reply("none", greets=True), ask.reply("none")
+    if chat.style == "none":
+        chosen, rejected = (greeted, plain) if wanted == "greeting" else (plain, greeted)
+    else:
+        chosen = ask.reply(chat.style)
+        if ask.thinking:
+            others = [plain, ask.reply("thinking", greets=True)]
+        else:
+            others = [r for r in map(ask.reply, tuple(STYLES)[1:]) if r != chosen]
+        rejected = rng.choice([greeted, *others])
+    return {"prompt": chat.messages(rng)[:-1], "chosen": [chosen], "rejected": [rejected]}
 
 
 def _ask_sum(rng: random.Random) -> _Ask:

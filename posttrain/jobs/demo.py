@@ -1,21 +1,23 @@
-"""From a base model to one that takes turns, in minutes, on two cores, with no downloads.
+"""From a base model to one that takes turns and knows what is preferred: the story in minutes.
 
 It writes the texts of a small made-up world (posttrain/data/world.py), a tokenizer and a Llama of
 some 170 thousand parameters with random weights; trains it on prose (the base model), then on
-conversations (SFT), with the code of `posttrain sft` and nothing else; asks both models the same
-held-out questions, and shows what they say and how often they end their turn.
+conversations (SFT), then on pairs of answers (DPO), with the code of `posttrain sft` and
+`posttrain preference` and nothing else. Every stage's model is asked the same held-out questions;
+what each says stands side by side, and every rate is measured again after every stage: a stage can
+destroy what an earlier one built. Two CPU cores, no downloads.
 
-It leaves out preferences, rewards and reasoning: SFT is the only stage after the base here.
+It leaves out rewards: DPO is the last stage here.
 
     posttrain demo                     (or: make demo)
     posttrain demo work_dir=runs/mine seed=1
 
-<work_dir>/model   tokenizer and shape      base/ sft/   the two runs, their exports inside
-           data    what was trained on      report.json  every figure shown, with n and temperature
+<work_dir>/model   tokenizer and shape      base/ sft/ dpo/  the runs, their exports inside
+           data    what was trained on      report.json      every figure, with n and temperature
 
 Started again, it goes on where it was; what is finished is not done again. Afterwards:
 
-    posttrain chat model.path=<work_dir>/sft/export
+    posttrain chat model.path=<work_dir>/dpo/export
 """
 
 from __future__ import annotations
@@ -40,13 +42,14 @@ from posttrain.report.before_after import Answers
 from posttrain.sampling import turns
 
 DATA_PARALLEL = {"data": -1, "fsdp": 1}
-Stage = Literal["base", "sft"]
-Generate = Callable[[list[list[int]]], list[list[int]]]
-"""Prompts -> replies, in tokens; a reply ends with its stop token if there was one."""
+Stage = Literal["base", "sft", "dpo"]
+STAGES: tuple[Stage, ...] = ("base", "sft", "dpo")
+Generate = Callable[[list[list[int]], float], list[list[int]]]
+"""(prompts, temperature) -> replies, in tokens; a reply ends with its stop token, if it stopped."""
 
 
 class Config(Section):
-    """The demo. The defaults fit five minutes on two cores."""
+    """The demo. The defaults take about three minutes on two cores."""
 
     job: Literal["demo"] = semantic("demo", help="names the job")
     work_dir: Path = runtime(Path("runs/demo"), help="everything is written here")
@@ -62,8 +65,13 @@ class Config(Section):
     sft_steps: int = semantic(1000, gt=0, help="training steps on conversations")
     sft_lr: float = semantic(2e-3, gt=0, help="peak learning rate there")
     replay: float = semantic(0.1, ge=0, lt=1, help="share of base text in the SFT mixture")
-    probes: int = runtime(64, gt=0, help="held-out questions of each kind")
-    temperature: float = runtime(1.0, ge=0, help="of the measured answers")
+    dpo_steps: int = semantic(80, gt=0, help="training steps on pairs, each pair once")
+    dpo_pairs: int = semantic(32, gt=0, help="pairs a step")
+    dpo_lr: float = semantic(2e-4, gt=0, help="peak learning rate there")
+    beta: float = semantic(1.0, gt=0, help="DPO's; 0.1 pushed the other forms out")
+    nll_weight: float = semantic(1.0, ge=0, help="of the chosen answer's own loss")
+    probes: int = runtime(64, gt=0, help="held-out questions of each kind and form")
+    temperatures: tuple[float, ...] = runtime((0.7, 1.0), help="of the measured answers")
     max_new_tokens: int = runtime(48, gt=0, help="an answer longer than this did not stop")
 
 
@@ -83,31 +91,31 @@ def use_cores(rows: int) -> None:
 
 
 def stage_config(cfg: Config, name: Stage) -> dict[str, Any]:
-    """The config of a stage's `posttrain sft` run, as its YAML would say it."""
+    """The config of a stage's `posttrain sft` or `posttrain preference`, as its YAML would be."""
     work = cfg.work_dir
-    steps, lr = (cfg.base_steps, cfg.base_lr) if name == "base" else (cfg.sft_steps, cfg.sft_lr)
     texts = {"path": str(work / "data/texts.jsonl"), "format": "text"}
     chats = {"path": str(work / "data/chats.jsonl"), "format": "messages"}
+    pairs = {"path": str(work / "data/pairs.jsonl"), "format": "preference"}
+    start: dict[str, Any]
     if name == "base":
-        sources = {"prose": texts}
-    elif cfg.replay:
-        sources = {
-            "chats": chats | {"weight": 1 - cfg.replay},
-            "prose": texts | {"weight": cfg.replay},
-        }
+        steps, lr, sources = cfg.base_steps, cfg.base_lr, {"prose": texts}
+        start = {"path": str(work / "model"), "random_init": True, "init_seed": cfg.seed}
+    elif name == "sft":
+        steps, lr, sources = cfg.sft_steps, cfg.sft_lr, {"chats": chats}
+        if cfg.replay:
+            sources = {
+                "chats": chats | {"weight": 1 - cfg.replay},
+                "prose": texts | {"weight": cfg.replay},
+            }
+        start = {"path": str(work / "base/export")}
     else:
-        sources = {"chats": chats}
-    first = {"path": str(work / "model"), "random_init": True, "init_seed": cfg.seed}
-    return {
+        steps, lr, sources = cfg.dpo_steps, cfg.dpo_lr, {"pairs": pairs}
+        start = {"path": str(work / "sft/export")}
+    stage: dict[str, Any] = {
         "job": "sft",
         "run_dir": str(work / name),
         "seed": cfg.seed,
-        "model": {
-            **(first if name == "base" else {"path": str(work / "base/export")}),
-            "dtype": "float32",
-            "remat": "none",
-            "vocab_multiple": 1,
-        },
+        "model": start | {"dtype": "float32", "remat": "none", "vocab_multiple": 1},
         "data": {
             "sources": sources,
             "seq_len": cfg.seq_len,
@@ -122,16 +130,28 @@ def stage_config(cfg: Config, name: Stage) -> dict[str, Any]:
         "checkpoint": {"every": max(steps // 2, 1), "keep": 1},
         "log": {"every": max(steps // 5, 1)},
     }
+    if name == "dpo":
+        stage |= {
+            "job": "preference",
+            "batch": {"examples": cfg.dpo_pairs},
+            "loss": {"type": "dpo", "beta": cfg.beta, "nll_weight": cfg.nll_weight},
+        }
+        del stage["data"]["too_long"]
+    return stage
 
 
 def write_inputs(cfg: Config) -> worlds.World:
     """The world's texts, and the folder of the untrained model; what is there is kept."""
     world = worlds.make_world(cfg.seed)
-    texts, chats = cfg.work_dir / "data/texts.jsonl", cfg.work_dir / "data/chats.jsonl"
+    texts, chats, pairs = (
+        cfg.work_dir / f"data/{name}.jsonl" for name in ("texts", "chats", "pairs")
+    )
     if not texts.exists():
         worlds.write_texts(texts, world, documents=cfg.documents)
     if not chats.exists():
         worlds.write_chats(chats, world, conversations=cfg.conversations)
+    if not pairs.exists():
+        worlds.write_pairs(pairs, world, pairs=cfg.dpo_steps * cfg.dpo_pairs)
     if not (cfg.work_dir / "model/config.json").exists():
         write_model_folder(cfg.work_dir / "model", _all_text(texts, chats), config=_shape(cfg))
     return world
@@ -179,14 +199,17 @@ def refuse_another(cfg: Config) -> None:
 
 
 def train_stage(cfg: Config, name: Stage) -> int:
-    """Runs a stage unless its export is there; the exit code of `posttrain sft`."""
-    from posttrain.jobs import sft
+    """Runs a stage unless its export is there; the exit code of its job."""
+    from posttrain.jobs import preference, sft
 
     # the model card is the last thing that an export writes
     if (cfg.work_dir / name / "export/README.md").exists():
         print(f"{name}: finished before, kept", flush=True)
         return 0
-    return sft.run(sft.Config.model_validate(stage_config(cfg, name)))
+    stage = stage_config(cfg, name)
+    if name == "dpo":
+        return preference.run(preference.Config.model_validate(stage))
+    return sft.run(sft.Config.model_validate(stage))
 
 
 def open_export(cfg: Config, name: Stage) -> tuple[Any, Generate]:
@@ -208,11 +231,11 @@ def open_export(cfg: Config, name: Stage) -> tuple[Any, Generate]:
         model = open_model(chat_cfg, mesh)
         engine = Engine(nnx.merge(model.graphdef, nnx.State(model.params)))
 
-    def generate(prompts: list[list[int]]) -> list[list[int]]:
+    def generate(prompts: list[list[int]], temperature: float) -> list[list[int]]:
         found = engine.generate(
             prompts,
             max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
+            temperature=temperature,
             stop_ids=model.chat.stop_ids,
             seed=cfg.seed,
         )
@@ -221,7 +244,9 @@ def open_export(cfg: Config, name: Stage) -> tuple[Any, Generate]:
     return model, generate
 
 
-def ask(model: Any, generate: Generate, probes: Sequence[Probe], *, plain: bool) -> Answers:
+def ask(
+    model: Any, generate: Generate, probes: Sequence[Probe], temperature: float, *, plain: bool
+) -> Answers:
     """Puts every probe to a model: as a chat, or (`plain`) as the base text writes such things."""
     tokenizer, stop_ids = model.tokenizer, set(model.chat.stop_ids)
     if plain:
@@ -231,10 +256,12 @@ def ask(model: Any, generate: Generate, probes: Sequence[Probe], *, plain: bool)
         prompts = [model.chat.generation_prompt(probe.messages) for probe in probes]
         marks = list(ROLES.values())
     openers = {tokenizer.encode(mark).ids[0] for mark in marks}
-    replies = generate(prompts)
-    texts = [tokenizer.decode(reply) for reply in replies]
-    said = [parse_assistant(remove_stop(tokenizer, r, stop_ids))["content"] for r in replies]
-    return Answers(texts, before_after.measure(replies, said, probes, stop_ids, openers))
+    replies = generate(prompts, temperature)
+    said = [parse_assistant(remove_stop(tokenizer, reply, stop_ids)) for reply in replies]
+    return Answers(
+        [tokenizer.decode(reply) for reply in replies],
+        before_after.measure(replies, said, probes, stop_ids, openers),
+    )
 
 
 def remove_stop(tokenizer: Any, reply: Sequence[int], stop_ids: Collection[int]) -> str:
@@ -262,31 +289,50 @@ def run(cfg: Config) -> int:
     use_cores(cfg.rows)
     with clock("world"):
         world = write_inputs(cfg)
-    stages: tuple[Stage, ...] = ("base", "sft")
-    for name in stages:
+        probes = worlds.probes(world, each=cfg.probes)
+    for name in STAGES:
         with clock(name):
             code = train_stage(cfg, name)
         if code:
             return code
-    probes = worlds.probes(world, each=cfg.probes)
     with clock("asking"):
-        base, tuned = open_export(cfg, "base"), open_export(cfg, "sft")
-        answers = {
-            "base, plain text": ask(*base, probes, plain=True),
-            "base, chat": ask(*base, probes, plain=False),
-            "SFT, chat": ask(*tuned, probes, plain=False),
-        }
-    before_after.show(
-        probes,
-        answers,
-        title=f"Rates over {len(probes)} held-out questions, temperature {cfg.temperature:g}",
-        caption=f"an answer is at most {cfg.max_new_tokens} tokens; drawn with seed {cfg.seed}",
+        asked = ask_all(cfg, probes)
+    first = cfg.temperatures[0]
+    before_after.show_examples(
+        probes, asked[first], title=f"The same held-out questions, temperature {first:g}"
     )
+    for temperature, answers in asked.items():
+        before_after.show_rates(
+            answers,
+            title=f"Rates over {len(probes)} held-out questions, temperature {temperature:g}",
+            caption=f"an answer is at most {cfg.max_new_tokens} tokens; drawn with seed {cfg.seed}",
+        )
     path = cfg.work_dir / "report.json"
-    drawn = {k: getattr(cfg, k) for k in ("temperature", "max_new_tokens", "seed")}
     seconds = {name: round(value, 1) for name, value in clock.seconds.items()}
-    figures = {**drawn, "rates": before_after.as_json(answers), "seconds": seconds}
+    figures = {
+        "seed": cfg.seed,
+        "max_new_tokens": cfg.max_new_tokens,
+        "rates": [
+            {"temperature": t, "models": before_after.as_json(answers)}
+            for t, answers in asked.items()
+        ],
+        "seconds": seconds,
+    }
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
-    print(f"figures: {path}\ntalk to it: posttrain chat model.path={cfg.work_dir}/sft/export")
+    print(f"figures: {path}\ntalk to it: posttrain chat model.path={cfg.work_dir}/dpo/export")
     return 0
+
+
+def ask_all(cfg: Config, probes: Sequence[Probe]) -> dict[float, dict[str, Answers]]:
+    """temperature -> model -> its answers to all probes."""
+    opened = {name: open_export(cfg, name) for name in STAGES}
+    return {
+        temperature: {
+            "base, plain text": ask(*opened["base"], probes, temperature, plain=True),
+            "base, chat": ask(*opened["base"], probes, temperature, plain=False),
+            "SFT": ask(*opened["sft"], probes, temperature, plain=False),
+            "DPO": ask(*opened["dpo"], probes, temperature, plain=False),
+        }
+        for temperature in cfg.temperatures
+    }

@@ -1,14 +1,17 @@
-"""The same questions put to several models: what each said, how often it was right and stopped."""
+"""The same questions put to the model of each stage: what each said, and how it did."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data.world import PROBE_KINDS, Probe, is_as_asked, is_right
+from posttrain.data.world import PROBE_KINDS, SYSTEM_PROMPTS, Probe, is_as_wanted, is_right
 from posttrain.sampling import turns
 from posttrain.types import Mean
+
+SHOWN = 100
+"""Characters of a reply that `show_examples` prints; a base model goes on and on."""
 
 
 @dataclass(frozen=True)
@@ -21,51 +24,87 @@ class Answers:
 
 def measure(
     replies: Sequence[Sequence[int]],
-    said: Sequence[str],
+    said: Sequence[Mapping[str, Any]],
     probes: Sequence[Probe],
     stop_ids: Collection[int],
     openers: Collection[int],
 ) -> dict[str, Mean]:
-    """The rates of one model over all probes; `said` are the replies' texts without thinking."""
-    judged = list(zip(said, probes, strict=True))
+    """The rates of one model over all probes.
+
+    replies: tokens, stop token included. said: the same as messages, thinking apart.
+    Form and value are judged apart: capitals that name the wrong city follow "Answer in capitals".
+    """
+    right = [is_right(m["content"], probe) for m, probe in zip(said, probes, strict=True)]
+    formed = [
+        is_as_wanted(m["content"], m.get("reasoning_content", ""), probe)
+        for m, probe in zip(said, probes, strict=True)
+    ]
+
+    def share(outcomes: list[bool], of: Callable[[Probe], bool]) -> Mean:
+        counted = [outcome for outcome, p in zip(outcomes, probes, strict=True) if of(p)]
+        return Mean(sum(counted), len(counted))
+
     rates = {
         "stops by itself": turns.stop_rate(replies, stop_ids),
         "keeps to one turn": turns.one_turn_rate(replies, stop_ids, openers),
+        "follows system prompt": share(formed, lambda p: p.prompted),
+    }
+    for form, prompt in SYSTEM_PROMPTS.items():
+        if prompt:
+            rates[f"follows: {form}"] = share(
+                formed, lambda p, form=form: p.prompted and p.form == form
+            )
+    rates |= {
+        "preferred form": share(formed, lambda p: not p.prompted),
+        "preferred: greets": share(formed, lambda p: not p.prompted and p.form == "greeting"),
+        "preferred: only once": share(formed, lambda p: not p.prompted and p.form != "greeting"),
+        "right": share(right, lambda p: True),
     }
     for kind in PROBE_KINDS:
-        right = [is_right(text, probe) for text, probe in judged if probe.kind == kind]
-        rates[f"right: {kind}"] = Mean(sum(right), len(right))
-    exact = [is_as_asked(text, probe) for text, probe in judged]
-    rates["right to the letter"] = Mean(sum(exact), len(exact))
+        rates[f"right: {kind}"] = share(right, lambda p, kind=kind: p.kind == kind)
     return rates
 
 
-def show(
-    probes: Sequence[Probe], answers: Mapping[str, Answers], *, title: str, caption: str
-) -> None:
-    """Prints the replies to one question of each kind, and the table of rates with their n."""
+def show_examples(probes: Sequence[Probe], answers: Mapping[str, Answers], *, title: str) -> None:
+    """Prints what each model said to one question of each kind and form."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    examples = Table(title="The same held-out questions", show_lines=True)
-    rates = Table(title=title, caption=caption)
-    examples.add_column("asked")
-    rates.add_column("")
+    table = Table(title=title, show_lines=True)
+    table.add_column("asked")
     for name in answers:
-        examples.add_column(Text(name))
-        rates.add_column(Text(name), justify="right")
-    rates.add_column("n", justify="right")
-    for kind in PROBE_KINDS:
-        i = next(i for i, probe in enumerate(probes) if probe.kind == kind)
-        asked = "\n".join(f"{m['role']}: {m['content']}" for m in probes[i].messages)
-        examples.add_row(Text(asked), *(Text(a.texts[i]) for a in answers.values()))
+        table.add_column(Text(name))
+    seen = set()
+    for i, probe in enumerate(probes):
+        case = (probe.kind, probe.form)
+        if case in seen or (probe.kind == "second turn" and probe.prompted):
+            continue
+        seen.add(case)
+        asked = "\n".join(f"{m['role']}: {m['content']}" for m in probe.messages)
+        table.add_row(Text(asked), *(Text(_cut(a.texts[i])) for a in answers.values()))
+    Console().print(table)
+
+
+def show_rates(answers: Mapping[str, Answers], *, title: str, caption: str) -> None:
+    """Prints the rates of all models, each with its n."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, caption=caption)
+    table.add_column("")
+    for name in answers:
+        table.add_column(Text(name), justify="right")
+    table.add_column("n", justify="right")
     for rate, mean in next(iter(answers.values())).rates.items():
         values = [f"{a.rates[rate].value:.1%}" for a in answers.values()]
-        rates.add_row(rate, *values, str(mean.count))
-    console.print(examples)
-    console.print(rates)
+        table.add_row(rate, *values, str(mean.count))
+    Console().print(table)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN].rstrip() + " ..."
 
 
 def as_json(answers: Mapping[str, Answers]) -> dict[str, Any]:

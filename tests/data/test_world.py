@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from posttrain.data.world import (
+    FORMS,
     PROBE_KINDS,
+    SYSTEM_PROMPTS,
     VALUES,
     Probe,
-    is_as_asked,
+    is_as_wanted,
     is_held_out,
     is_right,
     make_world,
     plain_prompt,
     probes,
     write_chats,
+    write_pairs,
     write_texts,
 )
 from posttrain.data.world_model import SPECIAL, write_model_folder
@@ -34,39 +39,116 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = make_world(3)
     write_texts(folder / "texts.jsonl", world, documents=40)
     write_chats(folder / "chats.jsonl", world, conversations=4000)
+    write_pairs(folder / "pairs.jsonl", world, pairs=3000)
     return folder
+
+
+def _asked(messages: Sequence[dict]) -> tuple[str, ...]:
+    return tuple(m["content"] for m in messages if m["role"] != "assistant")
+
+
+def _form(message: dict, wanted: str) -> bool:
+    """Is an assistant's message of a form, judged as replies to probes are?"""
+    thinking = message.get("reasoning_content", "")
+    return is_as_wanted(message["content"], thinking, Probe("fact", (), "", wanted))
 
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_chats(tmp_path / name, make_world(1), conversations=50)
         write_texts(tmp_path / f"{name}t", make_world(1), documents=2)
+        write_pairs(tmp_path / f"{name}p", make_world(1), pairs=50)
     write_chats(tmp_path / "c", make_world(2), conversations=50)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert (tmp_path / "at").read_bytes() == (tmp_path / "bt").read_bytes()
+    assert (tmp_path / "ap").read_bytes() == (tmp_path / "bp").read_bytes()
     assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
 
 
-def test_no_probe_is_in_the_training_conversations(written: Path) -> None:
-    def asked(messages: list[dict]) -> tuple[str, ...]:
-        return tuple(m["content"] for m in messages if m["role"] != "assistant")
-
-    trained = set()
-    for row in _rows(written / "chats.jsonl"):
-        for i, message in enumerate(row["messages"]):
-            if message["role"] == "user":
-                trained.add(asked(row["messages"][: i + 1]))
+def test_no_probe_is_in_the_training_conversations_or_in_a_pair(written: Path) -> None:
+    conversations = [row["messages"] for row in _rows(written / "chats.jsonl")]
+    conversations += [row["prompt"] + row["chosen"] for row in _rows(written / "pairs.jsonl")]
+    trained = {
+        _asked(messages[: i + 1])
+        for messages in conversations
+        for i, message in enumerate(messages)
+        if message["role"] == "user"
+    }
     found = probes(make_world(3), each=60)
-    assert len({asked(list(p.messages)) for p in found}) == 60 * len(PROBE_KINDS)
-    assert not trained & {asked(list(p.messages)) for p in found}
+    assert len({_asked(p.messages) for p in found}) == 60 * 4 * len(PROBE_KINDS)
+    assert not trained & {_asked(p.messages) for p in found}
     assert len(trained) > 1000
 
 
+def test_there_are_as_many_probes_of_every_form_that_an_answer_can_have() -> None:
+    counted = Counter((p.kind, p.form, p.prompted) for p in probes(make_world(0), each=5))
+    styled = [("capitals", True), ("brief", True), ("sentence", True)]
+    assert counted == {
+        **{("fact", form, prompted): 5 for form, prompted in [("greeting", False), *styled]},
+        **{("second turn", form, prompted): 5 for form, prompted in [("sentence", False), *styled]},
+        ("sum", "greeting", False): 20,
+        ("sum, thinking", "thinking", True): 20,
+    }
+
+
+def test_more_probes_than_there_are_is_an_error_and_no_endless_search() -> None:
+    with pytest.raises(ValueError, match="fact: the world has but 69 held-out questions"):
+        probes(make_world(0), each=100, kinds=["fact"])
+
+
+def test_the_preferred_answer_has_the_wanted_form_and_the_other_one_has_not(written: Path) -> None:
+    counted: Counter[str] = Counter()
+    for row in _rows(written / "pairs.jsonl"):
+        (chosen,), (rejected,) = row["chosen"], row["rejected"]
+        first, turns = row["prompt"][0], sum(m["role"] == "user" for m in row["prompt"])
+        if first["role"] == "system":
+            wanted = next(s for s, prompt in SYSTEM_PROMPTS.items() if prompt == first["content"])
+        else:
+            wanted = "greeting" if turns == 1 else "sentence"
+        counted["by a system prompt" if first["role"] == "system" else f"turn {turns}"] += 1
+        assert _form(chosen, wanted), row
+        assert not _form(rejected, wanted), row
+    share = {case: n / counted.total() for case, n in counted.items()}
+    assert share["by a system prompt"] == pytest.approx(0.5, abs=0.05)
+    assert share["turn 1"] == pytest.approx(0.38, abs=0.05)
+    assert share["turn 2"] == pytest.approx(0.12, abs=0.03)
+
+
+def test_both_answers_of_a_pair_are_right(written: Path) -> None:
+    facts = make_world(3).facts
+    for row in _rows(written / "pairs.jsonl"):
+        asked = row["prompt"][-1]["content"]
+        if asked.startswith("Work out"):
+            value = str(eval(asked.removeprefix("Work out ").removesuffix(".")))
+        else:
+            about = " ".join(_asked(row["prompt"]))
+            kind = next(k for k, words in CLUES.items() if any(w in about for w in words))
+            name = next(n for n in facts if re.search(rf"\b{n}\b", asked))
+            value = facts[name][kind]
+        for side in ("chosen", "rejected"):
+            reply = row[side][0]["content"]
+            assert is_right(reply, Probe("fact", (), value, "brief")), (row, value)
+
+
+CLUES = {"home": ("live", "home", "city"), "food": ("eat", "food", "dinner"), "hat": ("hat",)}
+
+
+def test_every_fifth_trained_answer_without_a_system_prompt_greets(written: Path) -> None:
+    greets: dict[bool, list[bool]] = {True: [], False: []}
+    for row in _rows(written / "chats.jsonl"):
+        prompted = row["messages"][0]["role"] == "system"
+        answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        greets[prompted] += [answer.startswith("Hello! ") for answer in answers]
+    assert len(greets[False]) > 1000
+    assert sum(greets[False]) / len(greets[False]) == pytest.approx(0.2, abs=0.03)
+    assert not any(greets[True])
+
+
 def test_held_out_sums_are_in_no_training_text_in_any_form(written: Path) -> None:
-    everything = (written / "texts.jsonl").read_text() + (written / "chats.jsonl").read_text()
+    everything = "".join(file.read_text() for file in sorted(written.glob("*.jsonl")))
     shown = set(re.findall(r"Work out ([0-9+-]+)\.", everything))
     shown |= set(re.findall(r"([0-9][0-9+-]+): ", everything))
-    sums = [p for p in probes(make_world(3), each=80) if p.kind.startswith("sum")]
+    sums = [p for p in probes(make_world(3), each=60) if p.kind.startswith("sum")]
     assert len(shown) > 1000
     assert not shown & {re.findall(r"[0-9+-]{3,}", p.messages[-1]["content"])[0] for p in sums}
 
@@ -86,7 +168,7 @@ def test_sums_are_right_and_so_are_their_steps(written: Path) -> None:
         if not asked["content"].startswith("Work out"):
             continue
         terms = asked["content"].removeprefix("Work out ").removesuffix(".")
-        assert answer["content"] == f"{eval(terms)}."
+        assert answer["content"].removeprefix("Hello! ") == f"{eval(terms)}."
         for step in answer.get("reasoning_content", "").split():
             thinking += 1
             left, right = step.split("=")
@@ -118,25 +200,46 @@ def test_the_split_is_a_hash_of_one_in_eight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "right", "as_asked"),
+    ("reply", "right"),
     [
-        ("Oslo.", True, True),
-        (" Oslo.", True, True),
-        ("Ugo lives in Oslo.", True, False),
-        ("OSLO. And more.", True, False),
-        ("Rome. Oslo.", False, False),
-        ("Oslow.", False, False),
-        ("", False, False),
+        ("Oslo.", True),
+        (" Oslo.", True),
+        ("Hello! Ugo lives in Oslo.", True),
+        ("OSLO. And more.", True),
+        ("Rome. Oslo.", False),
+        ("Oslow.", False),
+        ("", False),
     ],
 )
-def test_judging_a_fact(reply: str, right: bool, as_asked: bool) -> None:
-    probe = Probe("fact", ({"role": "user", "content": "Where?"},), "Oslo", "Oslo.")
-    assert is_right(reply, probe) is right
-    assert is_as_asked(reply, probe) is as_asked
+def test_judging_a_fact(reply: str, right: bool) -> None:
+    question = ({"role": "user", "content": "Where?"},)
+    assert is_right(reply, Probe("fact", question, "Oslo", "brief")) is right
+
+
+@pytest.mark.parametrize(
+    ("reply", "forms"),
+    [
+        ("Hello! Ugo lives in Oslo.", {"greeting"}),
+        ("Hello! 7.", {"greeting"}),
+        ("Ugo lives in Oslo.", {"sentence"}),
+        ("UGO LIVES IN OSLO.", {"capitals"}),
+        ("Oslo.", {"brief"}),
+        ("7.", set()),  # a bare number is what "Think first" ends with, but for the thinking
+        ("Hello! UGO LIVES IN OSLO", set()),
+        ("Ugo lives in Oslo. Ada eats soup.", set()),
+        ("Hello! Hello! Oslo.", set()),
+        ("Ugo lives in OSLO!", set()),
+        ("", set()),
+    ],
+)
+def test_judging_a_form(reply: str, forms: set[str]) -> None:
+    assert {form for form in FORMS if _form({"content": reply}, form)} == forms
+    thought = {"content": reply, "reasoning_content": "1+1=2"}
+    assert {f for f in FORMS if _form(thought, f)} == ({"thinking"} if reply == "7." else set())
 
 
 def test_judging_a_sum_reads_the_sign_and_the_whole_number() -> None:
-    probe = Probe("sum", (), "2", "2.")
+    probe = Probe("sum", (), "2", "greeting")
     assert [is_right(r, probe) for r in ("2.", "12.", "-2.", "20.")] == [True, False, False, False]
 
 

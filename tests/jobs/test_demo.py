@@ -1,4 +1,4 @@
-"""`posttrain demo`: a tiny one goes through both stages; the rates it shows are what they say."""
+"""`posttrain demo`: a tiny one goes through all stages; the rates it shows are what they say."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from posttrain.config import ConfigError
 from posttrain.data.world import Probe
-from posttrain.jobs import demo
-from posttrain.report.before_after import Answers, as_json, measure, show
+from posttrain.jobs import chat, demo
+from posttrain.report.before_after import Answers, as_json, measure, show_examples, show_rates
 
 END, USER = 3, 5
 TINY = {
@@ -21,7 +22,9 @@ TINY = {
     "rows": 8,
     "base_steps": 3,
     "sft_steps": 2,
-    "probes": 3,
+    "dpo_steps": 2,
+    "dpo_pairs": 4,
+    "probes": 2,
     "max_new_tokens": 4,
 }
 
@@ -37,37 +40,49 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_both_stages_train_and_export(finished: Path) -> None:
-    for stage, steps in (("base", 3), ("sft", 2)):
+def test_every_stage_trains_on_the_one_before_and_exports(finished: Path) -> None:
+    for stage, steps, start in (("base", 3, "model"), ("sft", 2, "base"), ("dpo", 2, "sft")):
         lines = (finished / stage / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
         for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
             assert (finished / stage / "export" / name).is_file(), (stage, name)
-    resolved = (finished / "sft/resolved.yaml").read_text()
-    assert str(finished / "base/export") in resolved  # SFT starts from the base it trained
+        resolved = yaml.safe_load((finished / stage / "resolved.yaml").read_text())
+        assert Path(resolved["model"]["path"]).relative_to(finished).parts[0] == start
+    assert "rewards/accuracies" in json.loads(lines[-1])  # DPO's, as its stage is the last
 
 
 def test_the_report_holds_every_rate_with_its_n(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
-    assert (report["temperature"], report["max_new_tokens"]) == (1.0, 4)
-    assert len(report["rates"]) == 3
-    for rates in report["rates"].values():
-        assert rates["stops by itself"]["n"] == rates["keeps to one turn"]["n"] == 4 * 3
-        assert {name: r["n"] for name, r in rates.items() if name.startswith("right: ")} == {
-            f"right: {kind}": 3 for kind in ("fact", "second turn", "sum", "sum, thinking")
-        }
-        assert all(0 <= r["value"] <= 1 for r in rates.values())
+    assert report["max_new_tokens"] == 4
+    assert [of["temperature"] for of in report["rates"]] == [0.7, 1.0]
+    n = {"stops by itself": 32, "keeps to one turn": 32, "right": 32}
+    n |= {"follows system prompt": 20, "follows: thinking": 8}
+    n |= {f"follows: {form}": 4 for form in ("capitals", "brief", "sentence")}
+    n |= {"preferred form": 12, "preferred: greets": 10, "preferred: only once": 2}
+    n |= {f"right: {kind}": 8 for kind in ("fact", "second turn", "sum", "sum, thinking")}
+    for of in report["rates"]:
+        assert [*of["models"]] == ["base, plain text", "base, chat", "SFT", "DPO"]
+        for rates in of["models"].values():
+            assert {name: rate["n"] for name, rate in rates.items()} == n
+            assert all(0 <= rate["value"] <= 1 for rate in rates.values())
+    assert {*report["seconds"]} == {"world", "base", "sft", "dpo", "asking"}
+
+
+def test_the_trained_model_chats(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {"model": {"path": str(finished / "dpo/export")}, "prompt": "Where does Ugo live?"}
+    assert chat.run(chat.Config.model_validate({**keys, "max_new_tokens": 2})) == 0
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_second_start_keeps_what_is_finished(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = [finished / s / "export/model.safetensors" for s in ("base", "sft")]
+    weights = [finished / s / "export/model.safetensors" for s in demo.STAGES]
     before = [file.stat().st_mtime_ns for file in weights]
     rates = json.loads((finished / "report.json").read_text())["rates"]
     assert demo.run(_config(finished)) == 0
     assert [file.stat().st_mtime_ns for file in weights] == before
-    assert capsys.readouterr().out.count("finished before, kept") == 2
+    assert capsys.readouterr().out.count("finished before, kept") == 3
     assert json.loads((finished / "report.json").read_text())["rates"] == rates
 
 
@@ -76,40 +91,54 @@ def test_a_folder_of_another_demo_is_refused(finished: Path) -> None:
         demo.run(_config(finished, sft_lr=0.5))
 
 
-def _probe(kind: str, value: str, reply: str) -> Probe:
-    return Probe(kind, ({"role": "user", "content": "?"},), value, reply)
+def _probe(kind: str, value: str, form: str, system: str = "") -> Probe:
+    messages = [{"role": "system", "content": system}] if system else []
+    return Probe(kind, (*messages, {"role": "user", "content": "?"}), value, form)
 
 
 def test_rates_on_hand_made_replies() -> None:
     probes = [
-        _probe("fact", "Rome", "Ugo lives in Rome."),
-        _probe("fact", "Rome", "ROME."),
-        _probe("second turn", "Oslo", "Oslo."),
-        _probe("sum", "12", "12."),
-        _probe("sum, thinking", "7", "7."),
-        _probe("sum, thinking", "7", "7."),
+        _probe("fact", "Rome", "greeting"),
+        _probe("fact", "Rome", "capitals", "Answer in capitals."),
+        _probe("second turn", "Oslo", "sentence"),
+        _probe("sum", "12", "greeting"),
+        _probe("sum, thinking", "7", "thinking", "Think first."),
+        _probe("sum, thinking", "7", "thinking", "Think first."),
     ]
     replies = [[10, END], [10, END], [10, 11], [10, USER, END], [END], [10, 11]]
-    said = ["Ugo lives in Rome.", "Rome.", "Oslo. And", "12.", "", "8."]
-    rates = measure(replies, said, probes, {END}, {USER})
+    said = ["Hello! Ugo lives in Rome.", "Rome.", "Ugo lives in Oslo.", "12.", "7.", "8."]
+    messages = [{"content": text} for text in said]
+    messages[-1]["reasoning_content"] = "3+5=8"
+    rates = measure(replies, messages, probes, {END}, {USER})
     assert {name: (m.total, m.count) for name, m in rates.items()} == {
         "stops by itself": (4, 6),
         "keeps to one turn": (3, 6),
+        "follows system prompt": (1, 3),  # thought, though wrongly; the other did not think
+        "follows: capitals": (0, 1),
+        "follows: brief": (0, 0),
+        "follows: sentence": (0, 0),
+        "follows: thinking": (1, 2),
+        "preferred form": (2, 3),
+        "preferred: greets": (1, 2),
+        "preferred: only once": (1, 1),
+        "right": (5, 6),
         "right: fact": (2, 2),
         "right: second turn": (1, 1),
         "right: sum": (1, 1),
-        "right: sum, thinking": (0, 2),
-        "right to the letter": (2, 6),
+        "right: sum, thinking": (1, 2),
     }
 
 
-def test_the_table_shows_rates_and_n(capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = ("fact", "second turn", "sum", "sum, thinking")
-    probes = [_probe(kind, "1", "1.") for kind in kinds]
-    replies, said = [[10, END]] * 3 + [[10]], ["1."] * 4
-    answers = {"[base]": Answers(said, measure(replies, said, probes, {END}, set()))}
-    show(probes, answers, title="a title", caption="a caption")
+def test_the_tables_show_answers_rates_and_n(capsys: pytest.CaptureFixture[str]) -> None:
+    probes = demo.worlds.probes(demo.worlds.make_world(0), each=1)
+    replies = [[10, END]] * (len(probes) - 4) + [[10]] * 4
+    messages = [{"content": "1."}] * len(probes)
+    said = ["and on " * 50, *["1."] * (len(probes) - 1)]
+    answers = {"[base]": Answers(said, measure(replies, messages, probes, {END}, set()))}
+    show_examples(probes, answers, title="examples")
+    show_rates(answers, title="a title", caption="a caption")
     printed = capsys.readouterr().out
     assert "75.0%" in printed
     assert "[base]" in printed  # markup in a reply or name is text, not style
-    assert as_json(answers)["[base]"]["stops by itself"] == {"value": 0.75, "n": 4}
+    assert 5 < printed.count("and on") < 20  # a reply that goes on is cut
+    assert as_json(answers)["[base]"]["stops by itself"] == {"value": 0.75, "n": 16}
