@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from posttrain.chat.template import ChatTemplate
 from posttrain.data.config import DataConfig
-from posttrain.data.prepare import files_of, run
+from posttrain.data.prepare import files_of, refuse_split, run
 from posttrain.data.report import Report, SourceReport
 from posttrain.data.rows import Defect
 
@@ -27,6 +27,7 @@ def check(
     With `chat`, rows are also rendered and tokenised: what the template refuses is a defect too.
     Raises ValueError for sources that cannot be read at all.
     """
+    refuse_split(cfg, pairs)
     files = files_of(cfg)
     empty = {name: SourceReport() for name in cfg.sources}
     report = Report("", cfg.seq_len, cfg.too_long, empty, pairs=pairs)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from posttrain.chat.template import ChatTemplate
+from posttrain.config import ConfigError
 from posttrain.data.cache import INDEX, Cache, CacheWriter
 from posttrain.data.config import DataConfig, SourceConfig
 from posttrain.data.fingerprint import fingerprint
@@ -60,13 +61,15 @@ def prepare(
     The sources hold samples to imitate, or `pairs` to prefer by. `section` is what errors call the
     part of the config that the sources stand in.
     Where several hosts share cache_dir, one is primary and makes it; the others wait for it, up to
-    cfg.wait_minutes. Raises BadRows with all bad rows (unless on_bad_row is skip), ValueError for
-    sources that cannot be read, for data of which nothing is left, and when the wait is over.
+    cfg.wait_minutes. Raises ConfigError for pairs to split, BadRows with all bad rows (unless
+    on_bad_row is skip), ValueError for sources that cannot be read, for data of which nothing is
+    left, and when the wait is over.
     """
     if "://" in cfg.cache_dir:
         raise ValueError(f"data.cache_dir: {cfg.cache_dir}: must be a local or mounted folder")
     if os.path.expanduser(cfg.cache_dir).startswith("~"):
         raise ValueError(f"data.cache_dir: {cfg.cache_dir}: this user has no home; name a folder")
+    refuse_split(cfg, pairs)
     files = files_of(cfg, section)
     key = fingerprint(cfg, chat, files, pairs=pairs)
     folder = Path(cfg.cache_dir).expanduser() / key
@@ -134,11 +137,6 @@ def run(
 ) -> Iterator[Result]:
     """Every block of every source, in order, tokenised (checked alone, where `chat` is None);
     `report` is kept up to date (and says whether the sources hold pairs) and the progress shown."""
-    if report.pairs and cfg.too_long == "split":
-        raise ValueError(
-            "data.too_long: split: a pair has two whole answers; use drop, error, truncate_end or "
-            "truncate_start"
-        )
     sizes = [size_of(files[name]) for name in cfg.sources]
     workers = worker_count(cfg.workers, sum(sizes))
     report.workers = workers
@@ -167,6 +165,15 @@ class _Position:
             self._before, self._file = self._before + self._read, result.file
         self._read = result.read
         return self._before + self._read
+
+
+def refuse_split(cfg: DataConfig, pairs: bool) -> None:
+    """ConfigError where pairs are to be split."""
+    if pairs and cfg.too_long == "split":
+        raise ConfigError(
+            "data.too_long: split: a pair has two whole answers; use drop, error, truncate_end or "
+            "truncate_start"
+        )
 
 
 def files_of(cfg: DataConfig, section: str = "data.sources") -> dict[str, list[str]]:

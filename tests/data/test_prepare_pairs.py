@@ -13,6 +13,7 @@ from rich.console import Console
 from posttrain.chat.config import ChatConfig
 from posttrain.chat.template import ChatTemplate
 from posttrain.chat.tokenizer import Tokenizer
+from posttrain.config import ConfigError
 from posttrain.data.cache import Cache
 from posttrain.data.prepare import BadRows, prepare
 from posttrain.data.report import Report
@@ -156,7 +157,7 @@ def test_errors_of_pairs_come_all_at_once(tmp_path):
     assert "one.jsonl:3: rejected: 204 tokens, over data.seq_len (128)" in str(caught.value)
     cache = made(tmp_path, rows[:2], on_bad_row="skip")
     assert (len(cache), cache.report.total.bad_rows) == (2, 1)
-    with pytest.raises(ValueError, match=r"too_long: split: a pair has two whole answers"):
+    with pytest.raises(ConfigError, match=r"too_long: split: a pair has two whole answers"):
         made(tmp_path, rows, too_long="split")
     with pytest.raises(ValueError, match="no pair left of 1 rows"):
         made(tmp_path, rows[2:], too_long="drop")
