@@ -22,8 +22,9 @@ parity: $(VENV)/.parity
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
 
-bench: $(VENV)/.dev
-	$(BIN)/python -m pytest -m bench --capture no
+# PEERS=trl: compared with TRL too, which the parity environment installs
+bench: $(VENV)/$(if $(PEERS),.parity,.dev)
+	BENCH_PEERS=$(PEERS) $(BIN)/python -m pytest -m bench --capture no
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
