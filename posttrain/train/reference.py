@@ -166,7 +166,7 @@ class _View:
         return np.zeros(len(self.ids), np.int32)
 
     def read(self, ids: Sequence[int], /) -> list[Example]:
-        return self.cache.read(self.ids[np.asarray(ids)].tolist())
+        return self.cache.read(self.ids[np.asarray(ids, np.int64)].tolist())
 
 
 def _compute(

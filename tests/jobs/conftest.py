@@ -1,4 +1,4 @@
-"""Runs of `posttrain sft` in this process, on some of the fake devices."""
+"""Training runs in this process, on some of the fake devices."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from posttrain import config
-from posttrain.jobs import sft
-from tests.jobs.runs import GOLDEN, Finished, Runner
+from posttrain.jobs import preference, sft
+from tests.jobs.runs import GOLDEN, GOLDEN_PAIRS, Finished, Runner
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,48 @@ def run_sft(golden_keys: list[str], tmp_path_factory: pytest.TempPathFactory) ->
         folder = folder or tmp_path_factory.mktemp("run")
         cfg = config.load(sft.Config, [], [*golden_keys, f"run_dir={folder}", *keys])
         code = setup.run(cfg, jax.devices()[:devices])
+        return Finished(code, folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def golden_pairs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """GOLDEN_PAIRS with the golden model and pairs, as key=value.
+
+    TRL's completion ends with what the template puts after <|im_end|>, a newline: this template
+    has it among what is trained. tests/parity/test_golden_dpo.py compares the token lists.
+    """
+    golden = data_dir / "golden"
+    template = (golden / "model" / "chat_template.jinja").read_text(encoding="utf-8")
+    end = "'<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    assert template.count(end) == 1
+    variant = tmp_path_factory.mktemp("template") / "trl.jinja"
+    inside = "'<|im_end|>\n' }}{% endgeneration %}"
+    variant.write_text(template.replace(end, inside), encoding="utf-8")
+    return [
+        *GOLDEN_PAIRS,
+        f"model.path={golden / 'model'}",
+        f"data.sources.prefs.path={golden}/prefs.jsonl",
+        f"chat.template={variant}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def run_preference(golden_pairs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """run_preference(*key=value, devices=8, folder=new) -> Finished, from the golden settings.
+
+    Its cache is its own, beside the folder: nothing that another run computed is found.
+    """
+
+    def run(*keys: str, devices: int = 8, folder: Path | None = None) -> Finished:
+        from posttrain.train import setup
+
+        folder = folder or tmp_path_factory.mktemp("run")
+        paths = [f"run_dir={folder}", f"data.cache_dir={folder}.cache"]
+        cfg = config.load(preference.Config, [], [*golden_pairs, *paths, *keys])
+        given = jax.devices()[:devices]
+        code = setup.run(cfg, given, pairs=True, reference=cfg.reference)
         return Finished(code, folder)
 
     return run

@@ -1,4 +1,4 @@
-"""What tests know of a run of `posttrain sft`: the golden settings, and the files it leaves."""
+"""What tests know of a training run: the golden settings, and the files it leaves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,14 @@ GOLDEN = [
     "log.tensorboard=false",
 ]
 """The settings of the golden runs (float32, AdamW, no decay), but for their length."""
+
+GOLDEN_PAIRS = [
+    *(key for key in GOLDEN if key.split("=")[0] not in ("data.seq_len", "optim.lr")),
+    "data.seq_len=768",  # both sides of a golden pair are up to 1,400 tokens
+    "optim.lr=1e-4",
+    "batch.examples=4",
+]
+"""Likewise of the golden DPO run."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +63,46 @@ class Finished:
 
 
 Runner = Callable[..., Finished]
+"""run_sft(*key=value, devices=8, folder=a new one); run_preference likewise."""
 
 
-Runner = Callable[..., Finished]
-"""run_sft(*key=value, devices=8, folder=a new one)."""
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest relative difference."""
+    return float(np.max(np.abs(got - want) / np.abs(want)))
 
 
-def start(keys: list[str], devices: int) -> subprocess.Popen[str]:
-    """`posttrain sft key=value ...` in a process of its own with so many fake devices."""
+def l2_apart(a: Finished, b: Finished) -> dict[str, float]:
+    """Relative L2 distance of each exported tensor."""
+    mine, other = a.weights, b.weights
+    assert mine.keys() == other.keys()
+    norm = np.linalg.norm
+    return {k: float(norm(mine[k] - other[k]) / norm(other[k])) for k in mine}
+
+
+def mesh_keys(data: int, fsdp: int, tensor: int) -> list[str]:
+    """The config keys of a mesh."""
+    return [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"]
+
+
+def start(keys: list[str], devices: int, job: str = "sft") -> subprocess.Popen[str]:
+    """`posttrain <job> key=value ...` in a process of its own with so many fake devices."""
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "posttrain.cli", "sft", *keys]
+    command = [sys.executable, "-m", "posttrain.cli", job, *keys]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, env=env, text=True, **pipes)
 
 
-def start_together(keys: list[str], processes: int, devices: int) -> list[subprocess.Popen[str]]:
+def start_together(
+    keys: list[str], processes: int, devices: int, job: str = "sft"
+) -> list[subprocess.Popen[str]]:
     """One run on several processes over loopback, with `devices` fake devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meet = [f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={processes}"]
-    return [start([*keys, *meet, f"distributed.process_id={i}"], devices) for i in range(processes)]
+    return [
+        start([*keys, *meet, f"distributed.process_id={i}"], devices, job) for i in range(processes)
+    ]
 
 
 def finish(running: list[subprocess.Popen[str]], seconds: float = 300) -> list[int]:
@@ -87,3 +115,16 @@ def finish(running: list[subprocess.Popen[str]], seconds: float = 300) -> list[i
     for i, text in enumerate(said):
         print(f"--- process {i}, exit code {running[i].returncode}\n{text}")
     return [process.returncode for process in running]
+
+
+def wait_until(reached: Callable[[], bool], running: subprocess.Popen[str]) -> None:
+    """Looks again and again (or until the process has ended)."""
+    until = time.monotonic() + 200
+    while time.monotonic() < until and running.poll() is None and not reached():
+        time.sleep(0.02)
+
+
+def wait_for_step(folder: Path, step: int, running: subprocess.Popen[str]) -> None:
+    """Until metrics.jsonl has the step's line (or the process has ended)."""
+    metrics = folder / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text(), running)

@@ -8,25 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.jobs.runs import Finished, Runner
+from tests.jobs.runs import Finished, Runner, l2_apart, mesh_keys, relative
 
 SHORT = "train.steps=10"
 
 
 def golden(data_dir: Path, name: str) -> list[dict]:
     return json.loads((data_dir / "golden" / name).read_text())["log_history"]
-
-
-def relative(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.max(np.abs(got - want) / np.abs(want)))
-
-
-def l2_apart(a: Finished, b: Finished) -> dict[str, float]:
-    """Relative L2 distance of each tensor."""
-    mine, other = a.weights, b.weights
-    assert mine.keys() == other.keys()
-    norm = np.linalg.norm
-    return {k: float(norm(mine[k] - other[k]) / norm(other[k])) for k in mine}
 
 
 @pytest.mark.parametrize(
@@ -59,19 +47,15 @@ def one_device(run_sft: Runner) -> Finished:
     return run_sft(SHORT, devices=1)
 
 
-def mesh(data: int, fsdp: int, tensor: int) -> list[str]:
-    return [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"]
-
-
 LAYOUTS = {
-    "data 8": mesh(8, 1, 1),
-    "fsdp 8": mesh(1, 8, 1),
-    "data 2, fsdp 4": mesh(2, 4, 1),
-    "data 2, fsdp 2, tensor 2": mesh(2, 2, 2),
-    "tensor 8": mesh(1, 1, 8),  # more devices than KV heads: those are replicated
-    "packed": ["batch.packing=best_fit", *mesh(1, 2, 1)],
-    "accumulation 4": ["batch.accumulate=4", *mesh(1, 2, 1)],
-    "remat": ["model.remat=full", *mesh(1, 1, 2)],
+    "data 8": mesh_keys(8, 1, 1),
+    "fsdp 8": mesh_keys(1, 8, 1),
+    "data 2, fsdp 4": mesh_keys(2, 4, 1),
+    "data 2, fsdp 2, tensor 2": mesh_keys(2, 2, 2),
+    "tensor 8": mesh_keys(1, 1, 8),  # more devices than KV heads: those are replicated
+    "packed": ["batch.packing=best_fit", *mesh_keys(1, 2, 1)],
+    "accumulation 4": ["batch.accumulate=4", *mesh_keys(1, 2, 1)],
+    "remat": ["model.remat=full", *mesh_keys(1, 1, 2)],
 }
 
 

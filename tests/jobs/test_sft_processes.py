@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from posttrain.train.loop import PREEMPTED
-from tests.jobs.runs import Finished, Runner, finish, start, start_together
-
-
-def relative(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.max(np.abs(got - want) / np.abs(want)))
+from tests.jobs.runs import Finished, Runner, finish, relative, start, start_together, wait_for_step
 
 
 @pytest.fixture(scope="module")
 def undisturbed(run_sft: Runner) -> Finished:
     """Ten steps on one device."""
     return run_sft("train.steps=10", devices=1)
-
-
-def wait_for_step(folder: Path, step: int, running: subprocess.Popen[str]) -> None:
-    """Until metrics.jsonl has the step's line (or the process has ended)."""
-    metrics = folder / "metrics.jsonl"
-    until = time.monotonic() + 200
-    while time.monotonic() < until and running.poll() is None:
-        if metrics.exists() and f'"step": {step},' in metrics.read_text():
-            return
-        time.sleep(0.02)
 
 
 def test_two_processes_make_the_same_run_and_another_host_count_resumes_it(

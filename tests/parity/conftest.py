@@ -1,5 +1,5 @@
 """The golden settings, as for the tests of jobs."""
 
-from tests.jobs.conftest import golden_keys, run_sft
+from tests.jobs.conftest import golden_keys, golden_pairs, run_preference, run_sft
 
-__all__ = ["golden_keys", "run_sft"]
+__all__ = ["golden_keys", "golden_pairs", "run_preference", "run_sft"]
