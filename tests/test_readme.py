@@ -32,6 +32,7 @@ TINY = {
 QUICK = {
     "sft": ["model.random_init=true", "train.epochs=null", "train.steps=2", "data.cache_dir=cache"],
     "data": ["data.cache_dir=cache"],
+    "preference": ["train.steps=2", "data.cache_dir=cache"],
     "chat": ["prompt=What grows on an oak?", "max_new_tokens=8"],
 }
 
@@ -60,7 +61,9 @@ def posttrain_lines() -> list[list[str]]:
 
 def test_the_readme_has_commands_and_files():
     assert len(posttrain_lines()) >= 6
-    assert {name for name, _ in FILE.findall(TEXT)} == {"conversations.jsonl", "mine.yaml"}
+    assert {name for name, _ in FILE.findall(TEXT)} == {
+        *("conversations.jsonl", "mine.yaml", "pairs.jsonl", "pairs.yaml")
+    }
 
 
 @pytest.mark.parametrize("line", [c for c in commands() if c.startswith("make ")])
@@ -95,12 +98,14 @@ def folder(tmp_path, monkeypatch) -> Path:
 def test_the_tour_runs_as_written(folder, capsys):
     ran = []
     for words in posttrain_lines():
-        if "mine.yaml" in words or "model.path=runs/mine/export" in words:
+        if {"mine.yaml", "pairs.yaml", "model.path=runs/mine/export"} & {*words}:
             code = cli.main([*words, *QUICK[words[0]]])
             assert code == 0, (words, capsys.readouterr())
             ran.append(" ".join(words[:2]))
     assert ran[:3] == ["data check", "data preview", "sft mine.yaml"]
     assert ran[3].startswith("chat ")
+    assert ran[4] == "preference pairs.yaml"
+    assert (folder / "runs/preferred/export/config.json").exists()
     assert (folder / "runs/mine/export/config.json").exists()
     assert (folder / "runs/mine/metrics.jsonl").read_text().count("\n") >= 2
 
