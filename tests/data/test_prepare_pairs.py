@@ -61,6 +61,17 @@ def test_sides_lie_side_by_side_in_the_order_of_the_data(tmp_path):
     assert Report.load(cache.folder / "report.json") == report
 
 
+def test_texts_have_no_template_and_may_lie_among_conversations(tmp_path, chat_of):
+    chat = chat_of()
+    cache = made(
+        tmp_path, [{"prompt": "2+2=", "chosen": "4", "rejected": "five"}, pair("q", "a", "b")], chat
+    )
+    end = chat.tokenizer.token(chat.tokenizer.eos_id)
+    assert trained_texts(cache, chat)[:2] == [f"4{end}", f"five{end}"]
+    assert chat.tokenizer.decode(cache[0].tokens.tolist()).endswith(f"2+2=4{end}")
+    assert "assistant" in chat.tokenizer.decode(cache[2].tokens.tolist())
+
+
 def test_content_is_a_hash_of_the_tokens_and_weights(tmp_path):
     rows = [pair("q", "good", "bad"), pair("p", "yes", "no")]
     cache = made(tmp_path, rows)
