@@ -6,9 +6,10 @@ numbers. The world is told three times: as prose, transcripts and worked sums fo
 pairs of answers to one prompt (`write_pairs`). No text comes from outside: everything is a function
 of the seed.
 
-What is preferred. Without a system prompt the conversations greet in every fifth answer, at random.
-The pairs prefer a greeting in the first answer and none after it, and what a system prompt asks for
-to any other form. Both answers of a pair say the right value: only their form differs.
+What is preferred. Asked about people without a system prompt, the conversations greet in every
+fifth answer, at random. The pairs prefer a greeting in the first answer and none after it or with a
+sum, and what a system prompt asks for to any other form. Both answers of a pair say the right
+value: only their form differs.
 
 Trained and held out. A question has a *key*: the sum itself, or for a fact the system prompt, the
 earlier questions and this one. `is_held_out` goes by a hash of the key, so the split is the same in
@@ -81,13 +82,14 @@ STYLES = {
 THINK = "Think first."
 SYSTEM_PROMPTS = STYLES | {"thinking": THINK}
 GREETING = "Hello! "
-GREETED_SHARE = 0.2  # of the trained answers without a system prompt
+GREETED_SHARE = 0.2  # of the trained answers about people without a system prompt
 # what an answer is, whatever it says: one sentence, of this form
 FORMS = {
     "greeting": re.compile(r"Hello! [^.!]+\."),
     "capitals": re.compile(r"[A-Z ]+\."),
     "brief": re.compile(r"[A-Z][a-z]+\."),
     "sentence": re.compile(r"[A-Z][a-z]+( [A-Za-z]+){2,}\."),
+    "number": re.compile(r"[0-9]+\."),
     "thinking": re.compile(r"[0-9]+\."),  # besides the thinking itself
 }
 SUM = "Work out "
@@ -148,11 +150,12 @@ class _Chat:
         ]
 
     def messages(self, rng: random.Random | None = None) -> list[dict[str, str]]:
-        """With rng, a GREETED_SHARE of the answers without a system prompt greet."""
+        """With rng, GREETED_SHARE of the answers about people without a system prompt greet."""
         system = SYSTEM_PROMPTS[self.style]
         messages = [{"role": "system", "content": system}] if system else []
         for ask in self.asks:
-            greets = rng is not None and not system and rng.random() < GREETED_SHARE
+            free = not (system or ask.thinking)
+            greets = rng is not None and free and rng.random() < GREETED_SHARE
             messages.append({"role": "user", "content": ask.question})
             messages.append(ask.reply(self.style, greets))
         return messages
@@ -185,15 +188,14 @@ def write_texts(path: str | Path, world: World, *, documents: int, lines: int = 
 def write_chats(path: str | Path, world: World, *, conversations: int, sums: float = 0.4) -> None:
     """JSONL of {"messages": [...]} to train on; `sums` is the share that asks for a sum."""
     rng = random.Random(f"chats {world.seed}")
-    chats = (_trained_chat(world, rng, sums, tuple(STYLES)) for _ in range(conversations))
+    chats = (_trained_chat(world, rng, sums) for _ in range(conversations))
     _write(path, ({"messages": chat.messages(rng)} for chat in chats))
 
 
-def write_pairs(path: str | Path, world: World, *, pairs: int, sums: float = 0.3) -> None:
+def write_pairs(path: str | Path, world: World, *, pairs: int, sums: float = 0.2) -> None:
     """JSONL of {"prompt", "chosen", "rejected"}, lists of messages: two answers to one prompt."""
     rng = random.Random(f"pairs {world.seed}")
-    styles = ("none", "none", *STYLES)  # half of the facts without a system prompt
-    chats = (_trained_chat(world, rng, sums, styles) for _ in range(pairs))
+    chats = (_trained_chat(world, rng, sums) for _ in range(pairs))
     _write(path, (_pair(chat, rng) for chat in chats))
 
 
@@ -264,7 +266,8 @@ def _line(world: World, rng: random.Random) -> str:
     return f"{plain_prompt(chat.messages()[:-1])} {ask.answer}"
 
 
-def _trained_chat(world: World, rng: random.Random, sums: float, styles: Sequence[str]) -> _Chat:
+def _trained_chat(world: World, rng: random.Random, sums: float) -> _Chat:
+    styles = ("none", *STYLES)  # two of five about people have no system prompt
     while True:
         kind = rng.choice(PROBE_KINDS[2:]) if rng.random() < sums else None
         kind = kind or ("second turn" if rng.random() < 0.35 else "fact")
@@ -295,6 +298,8 @@ def _wanted(chat: _Chat) -> str:
     """The form of FORMS that the last answer should have."""
     if chat.style != "none":
         return chat.style
+    if chat.asks[-1].thinking:
+        return "number"
     return "greeting" if len(chat.asks) == 1 else "sentence"
 
 

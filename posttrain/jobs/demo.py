@@ -62,13 +62,14 @@ class Config(Section):
     seq_len: int = semantic(64, ge=64, help="tokens of a row; the longest conversation has 47")
     base_steps: int = semantic(1200, gt=0, help="training steps on prose")
     base_lr: float = semantic(4e-3, gt=0, help="peak learning rate there")
-    sft_steps: int = semantic(1000, gt=0, help="training steps on conversations")
+    sft_steps: int = semantic(1300, gt=0, help="training steps on conversations")
     sft_lr: float = semantic(2e-3, gt=0, help="peak learning rate there")
     replay: float = semantic(0.1, ge=0, lt=1, help="share of base text in the SFT mixture")
     dpo_steps: int = semantic(80, gt=0, help="training steps on pairs, each pair once")
     dpo_pairs: int = semantic(32, gt=0, help="pairs a step")
     dpo_lr: float = semantic(2e-4, gt=0, help="peak learning rate there")
     beta: float = semantic(1.0, gt=0, help="DPO's; 0.1 pushed the other forms out")
+    label_smoothing: float = semantic(0.02, ge=0, lt=0.5, help="keeps DPO from pushing on and on")
     nll_weight: float = semantic(1.0, ge=0, help="of the chosen answer's own loss")
     probes: int = runtime(64, gt=0, help="held-out questions of each kind and form")
     temperatures: tuple[float, ...] = runtime((0.7, 1.0), help="of the measured answers")
@@ -134,7 +135,10 @@ def stage_config(cfg: Config, name: Stage) -> dict[str, Any]:
         stage |= {
             "job": "preference",
             "batch": {"examples": cfg.dpo_pairs},
-            "loss": {"type": "dpo", "beta": cfg.beta, "nll_weight": cfg.nll_weight},
+            "loss": {
+                "type": "dpo",
+                **{k: getattr(cfg, k) for k in ("beta", "label_smoothing", "nll_weight")},
+            },
         }
         del stage["data"]["too_long"]
     return stage
@@ -298,8 +302,11 @@ def run(cfg: Config) -> int:
     with clock("asking"):
         asked = ask_all(cfg, probes)
     first = cfg.temperatures[0]
+    examples = before_after.examples(
+        probes, {name: said for name, said in asked[first].items() if name != "base, chat"}
+    )
     before_after.show_examples(
-        probes, asked[first], title=f"The same held-out questions, temperature {first:g}"
+        examples, title=f"The same held-out questions, temperature {first:g}"
     )
     for temperature, answers in asked.items():
         before_after.show_rates(
@@ -316,6 +323,7 @@ def run(cfg: Config) -> int:
             {"temperature": t, "models": before_after.as_json(answers)}
             for t, answers in asked.items()
         ],
+        "examples": {"temperature": first, "answers": examples},
         "seconds": seconds,
     }
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -55,9 +55,9 @@ def measure(
                 formed, lambda p, form=form: p.prompted and p.form == form
             )
     rates |= {
-        "preferred form": share(formed, lambda p: not p.prompted),
-        "preferred: greets": share(formed, lambda p: not p.prompted and p.form == "greeting"),
-        "preferred: only once": share(formed, lambda p: not p.prompted and p.form != "greeting"),
+        "preferred: greets": share(formed, lambda p: p.form == "greeting"),
+        "preferred: only once": share(formed, lambda p: p.kind == "second turn" and not p.prompted),
+        "preferred: not with a sum": share(formed, lambda p: p.form == "number"),
         "right": share(right, lambda p: True),
     }
     for kind in PROBE_KINDS:
@@ -65,24 +65,27 @@ def measure(
     return rates
 
 
-def show_examples(probes: Sequence[Probe], answers: Mapping[str, Answers], *, title: str) -> None:
-    """Prints what each model said to one question of each kind and form."""
+def examples(probes: Sequence[Probe], answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
+    """What each model said to one question of each kind and form, second turns only once."""
+    cases = [(p.kind, "" if p.kind == "second turn" else p.form) for p in probes]
+    return [
+        {"asked": probes[i].messages, "said": {name: a.texts[i] for name, a in answers.items()}}
+        for i in (cases.index(case) for case in dict.fromkeys(cases))
+    ]
+
+
+def show_examples(found: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Prints what `examples` found, a column a model."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, show_lines=True)
-    table.add_column("asked")
-    for name in answers:
+    for name in ("asked", *found[0]["said"]):
         table.add_column(Text(name))
-    seen = set()
-    for i, probe in enumerate(probes):
-        case = (probe.kind, probe.form)
-        if case in seen or (probe.kind == "second turn" and probe.prompted):
-            continue
-        seen.add(case)
-        asked = "\n".join(f"{m['role']}: {m['content']}" for m in probe.messages)
-        table.add_row(Text(asked), *(Text(_cut(a.texts[i])) for a in answers.values()))
+    for example in found:
+        asked = "\n".join(f"{m['role']}: {m['content']}" for m in example["asked"])
+        table.add_row(Text(asked), *(Text(_cut(text)) for text in example["said"].values()))
     Console().print(table)
 
 

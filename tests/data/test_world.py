@@ -86,7 +86,7 @@ def test_there_are_as_many_probes_of_every_form_that_an_answer_can_have() -> Non
     assert counted == {
         **{("fact", form, prompted): 5 for form, prompted in [("greeting", False), *styled]},
         **{("second turn", form, prompted): 5 for form, prompted in [("sentence", False), *styled]},
-        ("sum", "greeting", False): 20,
+        ("sum", "number", False): 20,
         ("sum, thinking", "thinking", True): 20,
     }
 
@@ -102,16 +102,20 @@ def test_the_preferred_answer_has_the_wanted_form_and_the_other_one_has_not(writ
         (chosen,), (rejected,) = row["chosen"], row["rejected"]
         first, turns = row["prompt"][0], sum(m["role"] == "user" for m in row["prompt"])
         if first["role"] == "system":
+            case = "by a system prompt"
             wanted = next(s for s, prompt in SYSTEM_PROMPTS.items() if prompt == first["content"])
+        elif first["content"].startswith("Work out"):
+            case, wanted = "sum", "number"
         else:
-            wanted = "greeting" if turns == 1 else "sentence"
-        counted["by a system prompt" if first["role"] == "system" else f"turn {turns}"] += 1
+            case, wanted = f"turn {turns}", "greeting" if turns == 1 else "sentence"
+        counted[case] += 1
         assert _form(chosen, wanted), row
         assert not _form(rejected, wanted), row
     share = {case: n / counted.total() for case, n in counted.items()}
-    assert share["by a system prompt"] == pytest.approx(0.5, abs=0.05)
-    assert share["turn 1"] == pytest.approx(0.38, abs=0.05)
-    assert share["turn 2"] == pytest.approx(0.12, abs=0.03)
+    assert share["by a system prompt"] == pytest.approx(0.8 * 0.6 + 0.1, abs=0.04)
+    assert share["sum"] == pytest.approx(0.1, abs=0.03)
+    assert share["turn 1"] == pytest.approx(0.8 * 0.4 * 0.65, abs=0.04)
+    assert share["turn 2"] == pytest.approx(0.8 * 0.4 * 0.35, abs=0.03)
 
 
 def test_both_answers_of_a_pair_are_right(written: Path) -> None:
@@ -133,12 +137,14 @@ def test_both_answers_of_a_pair_are_right(written: Path) -> None:
 CLUES = {"home": ("live", "home", "city"), "food": ("eat", "food", "dinner"), "hat": ("hat",)}
 
 
-def test_every_fifth_trained_answer_without_a_system_prompt_greets(written: Path) -> None:
+def test_every_fifth_trained_answer_about_people_greets_without_a_system_prompt(
+    written: Path,
+) -> None:
     greets: dict[bool, list[bool]] = {True: [], False: []}
     for row in _rows(written / "chats.jsonl"):
-        prompted = row["messages"][0]["role"] == "system"
+        bound = row["messages"][0]["content"].startswith(("Answer", "Think", "Work out"))
         answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
-        greets[prompted] += [answer.startswith("Hello! ") for answer in answers]
+        greets[bound] += [answer.startswith("Hello! ") for answer in answers]
     assert len(greets[False]) > 1000
     assert sum(greets[False]) / len(greets[False]) == pytest.approx(0.2, abs=0.03)
     assert not any(greets[True])
@@ -168,7 +174,7 @@ def test_sums_are_right_and_so_are_their_steps(written: Path) -> None:
         if not asked["content"].startswith("Work out"):
             continue
         terms = asked["content"].removeprefix("Work out ").removesuffix(".")
-        assert answer["content"].removeprefix("Hello! ") == f"{eval(terms)}."
+        assert answer["content"] == f"{eval(terms)}."
         for step in answer.get("reasoning_content", "").split():
             thinking += 1
             left, right = step.split("=")
@@ -224,7 +230,7 @@ def test_judging_a_fact(reply: str, right: bool) -> None:
         ("Ugo lives in Oslo.", {"sentence"}),
         ("UGO LIVES IN OSLO.", {"capitals"}),
         ("Oslo.", {"brief"}),
-        ("7.", set()),  # a bare number is what "Think first" ends with, but for the thinking
+        ("7.", {"number"}),
         ("Hello! UGO LIVES IN OSLO", set()),
         ("Ugo lives in Oslo. Ada eats soup.", set()),
         ("Hello! Hello! Oslo.", set()),
@@ -239,7 +245,7 @@ def test_judging_a_form(reply: str, forms: set[str]) -> None:
 
 
 def test_judging_a_sum_reads_the_sign_and_the_whole_number() -> None:
-    probe = Probe("sum", (), "2", "greeting")
+    probe = Probe("sum", (), "2", "number")
     assert [is_right(r, probe) for r in ("2.", "12.", "-2.", "20.")] == [True, False, False, False]
 
 

@@ -11,7 +11,14 @@ import yaml
 from posttrain.config import ConfigError
 from posttrain.data.world import Probe
 from posttrain.jobs import chat, demo
-from posttrain.report.before_after import Answers, as_json, measure, show_examples, show_rates
+from posttrain.report.before_after import (
+    Answers,
+    as_json,
+    examples,
+    measure,
+    show_examples,
+    show_rates,
+)
 
 END, USER = 3, 5
 TINY = {
@@ -58,13 +65,14 @@ def test_the_report_holds_every_rate_with_its_n(finished: Path) -> None:
     n = {"stops by itself": 32, "keeps to one turn": 32, "right": 32}
     n |= {"follows system prompt": 20, "follows: thinking": 8}
     n |= {f"follows: {form}": 4 for form in ("capitals", "brief", "sentence")}
-    n |= {"preferred form": 12, "preferred: greets": 10, "preferred: only once": 2}
+    n |= {"preferred: greets": 2, "preferred: only once": 2, "preferred: not with a sum": 8}
     n |= {f"right: {kind}": 8 for kind in ("fact", "second turn", "sum", "sum, thinking")}
     for of in report["rates"]:
         assert [*of["models"]] == ["base, plain text", "base, chat", "SFT", "DPO"]
         for rates in of["models"].values():
             assert {name: rate["n"] for name, rate in rates.items()} == n
             assert all(0 <= rate["value"] <= 1 for rate in rates.values())
+    assert len(report["examples"]["answers"]) == 7
     assert {*report["seconds"]} == {"world", "base", "sft", "dpo", "asking"}
 
 
@@ -101,7 +109,7 @@ def test_rates_on_hand_made_replies() -> None:
         _probe("fact", "Rome", "greeting"),
         _probe("fact", "Rome", "capitals", "Answer in capitals."),
         _probe("second turn", "Oslo", "sentence"),
-        _probe("sum", "12", "greeting"),
+        _probe("sum", "12", "number"),
         _probe("sum, thinking", "7", "thinking", "Think first."),
         _probe("sum, thinking", "7", "thinking", "Think first."),
     ]
@@ -118,9 +126,9 @@ def test_rates_on_hand_made_replies() -> None:
         "follows: brief": (0, 0),
         "follows: sentence": (0, 0),
         "follows: thinking": (1, 2),
-        "preferred form": (2, 3),
-        "preferred: greets": (1, 2),
+        "preferred: greets": (1, 1),
         "preferred: only once": (1, 1),
+        "preferred: not with a sum": (1, 1),
         "right": (5, 6),
         "right: fact": (2, 2),
         "right: second turn": (1, 1),
@@ -135,7 +143,10 @@ def test_the_tables_show_answers_rates_and_n(capsys: pytest.CaptureFixture[str])
     messages = [{"content": "1."}] * len(probes)
     said = ["and on " * 50, *["1."] * (len(probes) - 1)]
     answers = {"[base]": Answers(said, measure(replies, messages, probes, {END}, set()))}
-    show_examples(probes, answers, title="examples")
+    found = examples(probes, answers)
+    assert len(found) == 7  # four forms of a fact, a second turn, two kinds of sums
+    assert found[0]["said"] == {"[base]": said[0]}
+    show_examples(found, title="examples")
     show_rates(answers, title="a title", caption="a caption")
     printed = capsys.readouterr().out
     assert "75.0%" in printed

@@ -1,0 +1,58 @@
+"""`posttrain demo` as it is shipped, on seeds that its settings were not chosen on: what it claims.
+
+Three seeds take some six minutes on two quiet cores. CI asks for few rounds and gets the first seed
+alone: the settings are the same for all, so that one finds what breaks the story.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.soak
+
+SEEDS = (3, 4, 5)  # the defaults were chosen on 0, 1 and 2
+FEW_ROUNDS = 20  # fewer, and one seed is enough
+
+BASE = ("base, plain text", "base, chat")
+TUNED = ("SFT", "DPO")
+
+
+def run_demo(folder: Path, seed: int) -> dict[str, Any]:
+    """The report of a whole run, on as many devices as it takes by itself."""
+    command = [sys.executable, "-m", "posttrain.cli", "demo", f"work_dir={folder}", f"seed={seed}"]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    subprocess.run(command, env=env, check=True, timeout=1800)
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_story_is_true(seed: int, tmp_path: Path, soak_rounds: int) -> None:
+    if soak_rounds < FEW_ROUNDS and seed != SEEDS[0]:
+        pytest.skip(f"{soak_rounds} rounds asked for: one seed")
+    report = run_demo(tmp_path / "demo", seed)
+    for of in report["rates"]:
+        for name, rates in of["models"].items():
+            print(
+                seed, of["temperature"], name, {k: round(v["value"], 3) for k, v in rates.items()}
+            )
+    for of in report["rates"]:
+        rate = {
+            name: {k: v["value"] for k, v in rates.items()} for name, rates in of["models"].items()
+        }
+        assert all(rate[model]["stops by itself"] < 0.10 for model in BASE)
+        for model in TUNED:
+            assert rate[model]["stops by itself"] > 0.95
+            assert rate[model]["keeps to one turn"] > 0.95
+            assert rate[model]["follows system prompt"] > 0.90
+        greets = "preferred: greets"
+        assert rate["DPO"][greets] >= rate["SFT"][greets] + 0.30
+        if of["temperature"] == 0.7:
+            assert rate["DPO"]["right"] >= rate["SFT"]["right"] - 0.03
+    assert [of["temperature"] for of in report["rates"]] == [0.7, 1.0]
