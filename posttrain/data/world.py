@@ -188,14 +188,16 @@ def write_texts(path: str | Path, world: World, *, documents: int, lines: int = 
 def write_chats(path: str | Path, world: World, *, conversations: int, sums: float = 0.4) -> None:
     """JSONL of {"messages": [...]} to train on; `sums` is the share that asks for a sum."""
     rng = random.Random(f"chats {world.seed}")
-    chats = (_trained_chat(world, rng, sums) for _ in range(conversations))
+    styles = ("none", *STYLES)  # two of five about people have no system prompt
+    chats = (_trained_chat(world, rng, sums, styles) for _ in range(conversations))
     _write(path, ({"messages": chat.messages(rng)} for chat in chats))
 
 
-def write_pairs(path: str | Path, world: World, *, pairs: int, sums: float = 0.2) -> None:
+def write_pairs(path: str | Path, world: World, *, pairs: int, sums: float = 0.3) -> None:
     """JSONL of {"prompt", "chosen", "rejected"}, lists of messages: two answers to one prompt."""
     rng = random.Random(f"pairs {world.seed}")
-    chats = (_trained_chat(world, rng, sums) for _ in range(pairs))
+    styles = ("none", "none", *STYLES)  # half of those about people
+    chats = (_trained_chat(world, rng, sums, styles) for _ in range(pairs))
     _write(path, (_pair(chat, rng) for chat in chats))
 
 
@@ -266,8 +268,7 @@ def _line(world: World, rng: random.Random) -> str:
     return f"{plain_prompt(chat.messages()[:-1])} {ask.answer}"
 
 
-def _trained_chat(world: World, rng: random.Random, sums: float) -> _Chat:
-    styles = ("none", *STYLES)  # two of five about people have no system prompt
+def _trained_chat(world: World, rng: random.Random, sums: float, styles: Sequence[str]) -> _Chat:
     while True:
         kind = rng.choice(PROBE_KINDS[2:]) if rng.random() < sums else None
         kind = kind or ("second turn" if rng.random() < 0.35 else "fact")

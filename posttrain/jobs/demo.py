@@ -65,11 +65,11 @@ class Config(Section):
     sft_steps: int = semantic(1300, gt=0, help="training steps on conversations")
     sft_lr: float = semantic(2e-3, gt=0, help="peak learning rate there")
     replay: float = semantic(0.1, ge=0, lt=1, help="share of base text in the SFT mixture")
-    dpo_steps: int = semantic(80, gt=0, help="training steps on pairs, each pair once")
+    dpo_steps: int = semantic(160, gt=0, help="training steps on pairs, each pair once")
     dpo_pairs: int = semantic(32, gt=0, help="pairs a step")
     dpo_lr: float = semantic(2e-4, gt=0, help="peak learning rate there")
     beta: float = semantic(1.0, gt=0, help="DPO's; 0.1 pushed the other forms out")
-    label_smoothing: float = semantic(0.02, ge=0, lt=0.5, help="keeps DPO from pushing on and on")
+    label_smoothing: float = semantic(0.01, ge=0, lt=0.5, help="keeps DPO from pushing on and on")
     nll_weight: float = semantic(1.0, ge=0, help="of the chosen answer's own loss")
     probes: int = runtime(64, gt=0, help="held-out questions of each kind and form")
     temperatures: tuple[float, ...] = runtime((0.7, 1.0), help="of the measured answers")
@@ -139,6 +139,8 @@ def stage_config(cfg: Config, name: Stage) -> dict[str, Any]:
                 "type": "dpo",
                 **{k: getattr(cfg, k) for k in ("beta", "label_smoothing", "nll_weight")},
             },
+            # once the pairs are learned gradients are small: a short memory would make them big
+            "optim": stage["optim"] | {"b2": 0.999},
         }
         del stage["data"]["too_long"]
     return stage
@@ -211,6 +213,7 @@ def train_stage(cfg: Config, name: Stage) -> int:
         print(f"{name}: finished before, kept", flush=True)
         return 0
     stage = stage_config(cfg, name)
+    print(f"== {name}, stage {STAGES.index(name) + 1} of {len(STAGES)}", flush=True)
     if name == "dpo":
         return preference.run(preference.Config.model_validate(stage))
     return sft.run(sft.Config.model_validate(stage))
@@ -299,6 +302,7 @@ def run(cfg: Config) -> int:
             code = train_stage(cfg, name)
         if code:
             return code
+    print(f"== every stage is asked {len(probes):,} questions", flush=True)
     with clock("asking"):
         asked = ask_all(cfg, probes)
     first = cfg.temperatures[0]

@@ -112,10 +112,10 @@ def test_the_preferred_answer_has_the_wanted_form_and_the_other_one_has_not(writ
         assert _form(chosen, wanted), row
         assert not _form(rejected, wanted), row
     share = {case: n / counted.total() for case, n in counted.items()}
-    assert share["by a system prompt"] == pytest.approx(0.8 * 0.6 + 0.1, abs=0.04)
-    assert share["sum"] == pytest.approx(0.1, abs=0.03)
-    assert share["turn 1"] == pytest.approx(0.8 * 0.4 * 0.65, abs=0.04)
-    assert share["turn 2"] == pytest.approx(0.8 * 0.4 * 0.35, abs=0.03)
+    assert share["by a system prompt"] == pytest.approx(0.7 * 0.5 + 0.15, abs=0.04)
+    assert share["sum"] == pytest.approx(0.15, abs=0.03)
+    assert share["turn 1"] == pytest.approx(0.7 * 0.5 * 0.65, abs=0.04)
+    assert share["turn 2"] == pytest.approx(0.7 * 0.5 * 0.35, abs=0.03)
 
 
 def test_both_answers_of_a_pair_are_right(written: Path) -> None:

@@ -32,20 +32,15 @@ def run_demo(folder: Path, seed: int) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text())
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_story_is_true(seed: int, tmp_path: Path, soak_rounds: int) -> None:
-    if soak_rounds < FEW_ROUNDS and seed != SEEDS[0]:
-        pytest.skip(f"{soak_rounds} rounds asked for: one seed")
-    report = run_demo(tmp_path / "demo", seed)
-    for of in report["rates"]:
-        for name, rates in of["models"].items():
-            print(
-                seed, of["temperature"], name, {k: round(v["value"], 3) for k, v in rates.items()}
-            )
+def check(report: dict[str, Any]) -> None:
+    """What README and docs say of the demo. Accuracy is held at the temperature that is shown."""
+    assert [of["temperature"] for of in report["rates"]] == [0.7, 1.0]
     for of in report["rates"]:
         rate = {
             name: {k: v["value"] for k, v in rates.items()} for name, rates in of["models"].items()
         }
+        for name, rates in rate.items():
+            print(report["seed"], of["temperature"], name, rates)
         assert all(rate[model]["stops by itself"] < 0.10 for model in BASE)
         for model in TUNED:
             assert rate[model]["stops by itself"] > 0.95
@@ -55,4 +50,10 @@ def test_the_story_is_true(seed: int, tmp_path: Path, soak_rounds: int) -> None:
         assert rate["DPO"][greets] >= rate["SFT"][greets] + 0.30
         if of["temperature"] == 0.7:
             assert rate["DPO"]["right"] >= rate["SFT"]["right"] - 0.03
-    assert [of["temperature"] for of in report["rates"]] == [0.7, 1.0]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_story_is_true(seed: int, tmp_path: Path, soak_rounds: int) -> None:
+    if soak_rounds < FEW_ROUNDS and seed != SEEDS[0]:
+        pytest.skip(f"{soak_rounds} rounds asked for: one seed")
+    check(run_demo(tmp_path / "demo", seed))
