@@ -28,7 +28,9 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from posttrain import config
 from posttrain.chat.parse import parse_assistant
@@ -72,7 +74,9 @@ class Config(Section):
     label_smoothing: float = semantic(0.01, ge=0, lt=0.5, help="keeps DPO from pushing on and on")
     nll_weight: float = semantic(1.0, ge=0, help="of the chosen answer's own loss")
     probes: int = runtime(64, gt=0, help="held-out questions of each kind and form")
-    temperatures: tuple[float, ...] = runtime((0.7, 1.0), help="of the measured answers")
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = runtime(
+        (0.7, 1.0), min_length=1, help="of the measured answers; the first is shown in examples"
+    )
     max_new_tokens: int = runtime(48, gt=0, help="an answer longer than this did not stop")
 
 
@@ -309,9 +313,7 @@ def run(cfg: Config) -> int:
     examples = before_after.examples(
         probes, {name: said for name, said in asked[first].items() if name != "base, chat"}
     )
-    before_after.show_examples(
-        examples, title=f"The same held-out questions, temperature {first:g}"
-    )
+    before_after.show_examples(examples, title=f"Held-out questions, temperature {first:g}")
     for temperature, answers in asked.items():
         before_after.show_rates(
             answers,
@@ -323,10 +325,7 @@ def run(cfg: Config) -> int:
     figures = {
         "seed": cfg.seed,
         "max_new_tokens": cfg.max_new_tokens,
-        "rates": [
-            {"temperature": t, "models": before_after.as_json(answers)}
-            for t, answers in asked.items()
-        ],
+        "rates": before_after.as_json(asked),
         "examples": {"temperature": first, "answers": examples},
         "seconds": seconds,
     }

@@ -110,9 +110,13 @@ def _cut(text: str) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN].rstrip() + " ..."
 
 
-def as_json(answers: Mapping[str, Answers]) -> dict[str, Any]:
-    """name -> rate -> {"value", "n"}."""
-    return {
-        name: {rate: {"value": m.value, "n": m.count} for rate, m in a.rates.items()}
-        for name, a in answers.items()
-    }
+def as_json(asked: Mapping[float, Mapping[str, Answers]]) -> list[dict[str, Any]]:
+    """Per temperature {"temperature", "models": name -> rate -> {"value", "n"}}."""
+
+    def figures(answers: Answers) -> dict[str, Any]:
+        return {rate: {"value": m.value, "n": m.count} for rate, m in answers.rates.items()}
+
+    return [
+        {"temperature": temperature, "models": {name: figures(a) for name, a in answers.items()}}
+        for temperature, answers in asked.items()
+    ]

@@ -152,4 +152,6 @@ def test_the_tables_show_answers_rates_and_n(capsys: pytest.CaptureFixture[str])
     assert "75.0%" in printed
     assert "[base]" in printed  # markup in a reply or name is text, not style
     assert 5 < printed.count("and on") < 20  # a reply that goes on is cut
-    assert as_json(answers)["[base]"]["stops by itself"] == {"value": 0.75, "n": 16}
+    (of,) = as_json({0.5: answers})
+    assert of["temperature"] == 0.5
+    assert of["models"]["[base]"]["stops by itself"] == {"value": 0.75, "n": 16}
