@@ -35,8 +35,8 @@ class Ours:
         )
 
     def preference(self, steps: int, pairs: int, **keys: Any) -> Run:
-        """`steps` steps of `pairs` pairs, in the file's order."""
-        own = {"train__steps": steps, "batch__examples": pairs, "batch__order": "sequential"}
+        """`steps` steps of `pairs` pairs."""
+        own = {"train__steps": steps, "batch__examples": pairs}
         return self._run("preference", self._inputs.pairs, own | keys)
 
     def _run(self, job: str, rows: Path, keys: dict[str, Any]) -> Run:
@@ -80,11 +80,10 @@ class TRL:
         return self._run("sft", self._inputs.conversations, own | {"max_steps": steps} | args)
 
     def dpo(self, steps: int, pairs: int, **args: Any) -> Run:
-        """`steps` steps of `pairs` pairs, in the file's order; args of DPOConfig."""
+        """`steps` steps of `pairs` pairs; args of DPOConfig."""
         own = {
             "max_length": SEQ_LEN,
             "per_device_train_batch_size": pairs,
-            "train_sampling_strategy": "sequential",
             "precompute_ref_log_probs": True,
         }
         return self._run("dpo", self._inputs.pairs, own | {"max_steps": steps} | args)

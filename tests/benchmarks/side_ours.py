@@ -41,6 +41,7 @@ def main() -> int:
 
     def named(self: reporting.Progress, title: str, *rest: int, **options: object) -> None:
         titles[id(self)] = title
+        clock.mark(title, done=0)
         made(self, title, *rest, **options)  # pyright: ignore[reportArgumentType]
 
     def timed_update(self: reporting.Progress, done: int, note: str) -> None:
