@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.chat.config import ChatConfig
 from posttrain.config import Config as Section
 from posttrain.config import ConfigError, runtime, semantic
 from posttrain.models.spec import DtypeName, ModelConfig, Token
@@ -36,6 +37,18 @@ class Config(Section):
     )
     max_file_gb: float = runtime(5.0, gt=0, help="size of one safetensors file, in 10^9 bytes")
     mesh: MeshConfig = runtime(MeshConfig(), help="where the weights lie meanwhile")
+
+
+class _Trained(Section):
+    """What any training run's resolved.yaml says of its model."""
+
+    job: Literal["trained"] = semantic("trained", help="names the job")
+    model: ModelConfig = semantic(help="what was trained")
+    chat: ChatConfig = semantic(ChatConfig(), help="how it is talked to")
+
+
+TRAINS = ("sft", "preference")
+"""The jobs whose run folders are read."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,6 @@ def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
     from posttrain import checkpoint, config
     from posttrain.chat.template import ChatTemplate
     from posttrain.chat.tokenizer import Tokenizer
-    from posttrain.jobs import sft
     from posttrain.models import read_spec
     from posttrain.models.folder import local_folder
     from posttrain.models.transformer import abstract_model, compute_of
@@ -149,7 +161,8 @@ def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
         raise ConfigError(
             f"{run_dir} is a run: export it first, then add tokens to or pad the exported folder"
         )
-    trained = config.load(sft.Config, [run_dir / "resolved.yaml"])
+    accepts = {job: {} for job in TRAINS}
+    trained = config.load(_Trained, [run_dir / "resolved.yaml"], accepts=accepts)
     folder = local_folder(trained.model.path)
     tokenizer = Tokenizer.load(folder)
     if trained.model.new_tokens:

@@ -26,11 +26,20 @@ def export(cfg: Any, model: Model, plan: Plan, params: Any) -> None:
         print(f"exported to {folder}", flush=True)
 
 
+METHODS = {
+    "sft": "Supervised fine-tuning (posttrain sft)",
+    "preference": "Preference optimisation (posttrain preference, {loss})",
+}
+"""By job, what the model card calls it."""
+
+
 def _model_card(cfg: Any, model: Model, plan: Plan) -> str:
     sources = "\n".join(
         f"- {name}: {', '.join(source.paths)}, seen {plan.repeats[name]:.4g} times an epoch"
         for name, source in cfg.data.sources.items()
     )
+    config = plain_dict(cfg)
+    method = METHODS[cfg.job].format(loss=config["loss"]["type"])
     return f"""---
 library_name: transformers
 base_model: {cfg.model.path}
@@ -38,7 +47,7 @@ tags: [posttrain, {cfg.job}]
 ---
 # {cfg.model.path}, fine-tuned
 
-Supervised fine-tuning (posttrain {cfg.job}) of a {model.spec.family} model with
+{method} of a {model.spec.family} model with
 {model.spec.parameters:,} parameters: {plan.steps:,} optimiser steps, trained on the assistant's
 turns ({cfg.chat.train_on}) of
 
@@ -48,6 +57,6 @@ Conversations are rendered by the chat template in this folder; generation ends 
 `eos_token_id` of generation_config.json. The run's config:
 
 ```yaml
-{to_yaml(plain_dict(cfg)).strip()}
+{to_yaml(config).strip()}
 ```
 """

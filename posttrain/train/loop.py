@@ -209,7 +209,8 @@ class _Reporter:
             **self._memory(),
         }
         if self._steps:  # the first step's time is mostly compilation: it gives no rate
-            flops = train_flops(run.spec, size) / seconds
+            live = run.reference is not None
+            flops = train_flops(run.spec, size, live_reference=live) / seconds
             flat |= {
                 "examples_per_second": size.examples / seconds,
                 "tokens_per_second": size.tokens / seconds,

@@ -88,6 +88,7 @@ def make_references(
         params, weights = (None, recorded) if recorded else same()
         stores = [_store(parts, cache, weights) for cache, _ in sets]
         for (cache, plan), store in zip(sets, stores, strict=True):
+            store.refresh()  # a set may be the one before it under another name
             missing = _missing(plan, store)
             if missing.any():
                 params = same()[0] if params is None else params
@@ -141,32 +142,17 @@ def _as_primary(mask: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(mask))
 
 
-@dataclass(frozen=True)
 class _View:
     """Some examples of a cache, each for itself: what a Plan and a Pipeline read."""
 
-    cache: Cache
-    ids: Int[np.ndarray, " n"]
-    sides: int = 1
-
-    @property
-    def source_names(self) -> list[str]:
-        return ["reference"]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.cache.lengths[self.ids]
-
-    @property
-    def trained(self) -> np.ndarray:
-        return self.cache.trained[self.ids]
-
-    @property
-    def source_ids(self) -> np.ndarray:
-        return np.zeros(len(self.ids), np.int32)
+    def __init__(self, cache: Cache, ids: Int[np.ndarray, " n"]):
+        self.sides, self.source_names = 1, ["reference"]
+        self.ids, self._cache = ids, cache
+        self.lengths, self.trained = cache.lengths[ids], cache.trained[ids]
+        self.source_ids = np.zeros(len(ids), np.int32)
 
     def read(self, ids: Sequence[int], /) -> list[Example]:
-        return self.cache.read(self.ids[np.asarray(ids, np.int64)].tolist())
+        return self._cache.read(self.ids[np.asarray(ids, np.int64)].tolist())
 
 
 def _compute(

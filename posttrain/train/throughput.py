@@ -4,7 +4,8 @@ CONVENTION: 6 FLOPs (2 forward, 4 backward) per weight of each matmul per token 
 layers' matrices once per non-padding token, the vocabulary head once per TRAINED token (it runs on
 no other). Attention is causal and within its segment: a segment of n tokens has n (n + 1) / 2
 query-key pairs, each 2 matmuls of 2 * heads * head_dim FLOPs forward, three times that in training.
-Padding, rematerialisation and the optimiser count nothing.
+A live reference adds a forward pass of all of it. Padding, rematerialisation and the optimiser
+count nothing.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ class StepSize:
     pairs: int  # causal query-key pairs: sum over segments of n (n + 1) / 2
 
 
-def train_flops(spec: Spec, size: StepSize) -> float:
+def train_flops(spec: Spec, size: StepSize, *, live_reference: bool = False) -> float:
     """FLOPs of one optimiser step by CONVENTION."""
     width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     layer = spec.embed * (2 * width + 2 * kv_width + 3 * spec.mlp)
     matmuls = 6 * spec.layers * layer * size.tokens
     head = 6 * spec.embed * spec.vocab_size * size.trained
     attention = 12 * spec.layers * width * size.pairs
-    return float(matmuls + head + attention)
+    forward_and_backward = float(matmuls + head + attention)
+    return forward_and_backward * (4 / 3 if live_reference else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jax
@@ -57,6 +58,22 @@ def golden_pairs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> li
         f"model.path={golden / 'model'}",
         f"data.sources.prefs.path={golden}/prefs.jsonl",
         f"chat.template={variant}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Further keys for what needs no golden figures: a tiny random model, few and short pairs."""
+    golden, folder = data_dir / "golden" / "model", tmp_path_factory.mktemp("tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((golden / name).read_bytes())
+    cfg = json.loads((golden / "config.json").read_text())
+    cfg |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    (folder / "config.json").write_text(json.dumps(cfg))
+    return [
+        *(f"model.path={folder}", "model.random_init=true"),
+        *("data.seq_len=512", "data.too_long=drop", "data.sources.prefs.limit=20"),
+        *("batch.packing=best_fit", "batch.order=shuffle", "batch.examples=2"),
     ]
 
 

@@ -1,5 +1,5 @@
 """The golden settings, as for the tests of jobs."""
 
-from tests.jobs.conftest import golden_keys, golden_pairs
+from tests.jobs.conftest import golden_keys, golden_pairs, tiny_pairs
 
-__all__ = ["golden_keys", "golden_pairs"]
+__all__ = ["golden_keys", "golden_pairs", "tiny_pairs"]

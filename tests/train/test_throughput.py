@@ -37,6 +37,7 @@ def test_train_flops_count_three_times_the_forward_matmuls() -> None:
         pairs=sum(n * (n + 1) // 2 for n in segments),
     )
     assert train_flops(SPEC, size) == 3 * forward_flops(segments, trained)
+    assert train_flops(SPEC, size, live_reference=True) == 4 * forward_flops(segments, trained)
 
 
 def test_pitfall_33_padding_and_untrained_positions_count_nothing() -> None:
