@@ -82,7 +82,7 @@ def show_examples(found: Sequence[Mapping[str, Any]], *, title: str) -> None:
 
     table = Table(title=title, show_lines=True)
     for name in ("asked", *found[0]["said"]):
-        table.add_column(Text(name))
+        table.add_column(Text(name), overflow="fold")  # a reply's last word may be long
     for example in found:
         asked = "\n".join(f"{m['role']}: {m['content']}" for m in example["asked"])
         table.add_row(Text(asked), *(Text(_cut(text)) for text in example["said"].values()))
@@ -96,7 +96,7 @@ def show_rates(answers: Mapping[str, Answers], *, title: str, caption: str) -> N
     from rich.text import Text
 
     table = Table(title=title, caption=caption)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in answers:
         table.add_column(Text(name), justify="right")
     table.add_column("n", justify="right")
