@@ -20,6 +20,7 @@ from posttrain.config import Config, ConfigError
 from posttrain.jobs import convert
 from posttrain.metrics import Writer
 from posttrain.train import reference
+from posttrain.train.loop import PREEMPTED
 from posttrain.train.reference_store import Store
 from posttrain.types import Batch, Terms, TokenOutputs
 from tests.jobs.runs import Finished, Runner
@@ -57,6 +58,32 @@ def test_a_pass_computes_what_the_run_uses_and_nobody_has(
     assert len(computed) == 12, "a sweep's other runs find them"
     run_preference(*keys, "train.steps=5", devices=1, folder=short.folder)
     assert len(computed) == len(set(computed)) == 20, "an extended run adds what it lacks"
+
+
+def test_a_pass_that_was_stopped_goes_on_and_changes_no_bit(
+    run_preference: Runner,
+    tiny_pairs: list[str],
+    tmp_path: Path,
+    computed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = [*tiny_pairs, "train.steps=6", "batch.examples=1"]
+    calm = run_preference(*keys, devices=1)
+    every = sorted(computed)
+    computed.clear()
+    calls = iter([False, True])
+    with monkeypatch.context() as patched:
+        patched.setattr(reference.Preemption, "reached", lambda _: next(calls))
+        with pytest.raises(SystemExit) as left:
+            run_preference(*keys, devices=1, folder=tmp_path / "run")
+    assert left.value.code == PREEMPTED
+    first = sorted(computed)
+    assert 0 < len(first) < len(every)
+    stopped = run_preference(*keys, devices=1, folder=tmp_path / "run")
+    assert sorted(computed) == every, "each once"
+    np.testing.assert_array_equal(stopped.losses, calm.losses)
+    for name, want in calm.weights.items():
+        np.testing.assert_array_equal(stopped.weights[name], want, err_msg=name)
 
 
 def test_held_out_pairs_are_measured_and_their_prompts_answered(
