@@ -20,6 +20,7 @@ from posttrain.sharding import BATCH_AXES
 _SPLASH_BLOCK = 512
 _CHUNK, _CHUNKS = 128, 32  # queries of one chunk, at the least; chunks of a row, at the most
 _NEGATIVE = -1e30  # a masked score: exp gives exactly 0
+ATTENTION = "attention"  # what remat knows attention's results by
 _LANES = 128  # splash's kernel cuts rows into blocks of whole lanes
 
 
@@ -169,7 +170,10 @@ def _splash_local(
     )
     causal = masks.MultiHeadMask([masks.CausalMask((t, t))] * n)
     kernel: Any = splash.make_splash_mha_single_device(
-        causal, block_sizes=blocks, interpret=interpret
+        causal,
+        block_sizes=blocks,
+        interpret=interpret,
+        residual_checkpoint_name=ATTENTION,
     )
     scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)  # the kernel does not
 

@@ -7,6 +7,7 @@ F mlp width, L layers. Weights hold all L layers; the scan hands a layer its sli
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from posttrain.models.attention import attention
+from posttrain.models.attention import ATTENTION, attention
 from posttrain.models.spec import Rope, Spec
 from posttrain.sharding import LOGICAL_RULES, constrain
 
@@ -66,6 +67,17 @@ def weight(param: nnx.Param, dtype: Any) -> jax.Array:
     value = param[...]
     axes = tuple(param.get_metadata("out_sharding"))[-value.ndim :]
     return gather(value.astype(dtype), axes)
+
+
+def project(x: jax.Array, w: jax.Array, dims: int = 1) -> jax.Array:
+    """x times w over the last `dims` dims of x and the first of w: one product of two matrices.
+
+    With rows and positions apart the weight's gradient would sum over two dims, and XLA for the CPU
+    transposes whole activations first.
+    """
+    inner = math.prod(w.shape[:dims])
+    out = x.reshape(-1, inner) @ w.reshape(inner, -1)
+    return out.reshape(*x.shape[: x.ndim - dims], *w.shape[dims:])
 
 
 def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
@@ -151,9 +163,9 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
     ) -> jax.Array:
         spec, dtype = self.spec, self.compute.dtype
-        q = jnp.einsum("btd,dnh->btnh", x_BTD, weight(self.q, dtype))
-        k = jnp.einsum("btd,dkh->btkh", x_BTD, weight(self.k, dtype))
-        v = jnp.einsum("btd,dkh->btkh", x_BTD, weight(self.v, dtype))
+        q = project(x_BTD, weight(self.q, dtype))
+        k = project(x_BTD, weight(self.k, dtype))
+        v = project(x_BTD, weight(self.v, dtype))
         if spec.qkv_bias:
             q = q + self.q_bias[...].astype(dtype)
             k = k + self.k_bias[...].astype(dtype)
@@ -162,7 +174,7 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.q_norm, spec.rms_eps)
             k = rms_norm(k, self.k_norm, spec.rms_eps)
         out = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
-        out = jnp.einsum("btnh,nhd->btd", out, weight(self.o, dtype))
+        out = project(checkpoint_name(out, ATTENTION), weight(self.o, dtype), 2)
         if spec.out_bias:
             out = out + self.o_bias[...].astype(dtype)
         return out
@@ -185,12 +197,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype, biased = self.compute.dtype, self.spec.mlp_bias
-        gate = x_BTD @ weight(self.gate, dtype)
-        up = x_BTD @ weight(self.up, dtype)
+        gate = project(x_BTD, weight(self.gate, dtype))
+        up = project(x_BTD, weight(self.up, dtype))
         if biased:
             gate = gate + self.gate_bias[...].astype(dtype)
             up = up + self.up_bias[...].astype(dtype)
-        out = (jax.nn.silu(gate) * up) @ weight(self.down, dtype)
+        out = project(jax.nn.silu(gate) * up, weight(self.down, dtype))
         return out + self.down_bias[...].astype(dtype) if biased else out
 
 
@@ -212,7 +224,7 @@ class Layer(nnx.Module):
         eps = self.spec.rms_eps
         x = constrain(x_BTD, ("batch", None, None))
         x = x + self.attention(rms_norm(x, self.attention_norm, eps), rope, attend)
-        x = constrain(checkpoint_name(x, "attention_block"), ("batch", None, None))
+        x = constrain(x, ("batch", None, None))
         return x + self.mlp(rms_norm(x, self.mlp_norm, eps))
 
 

@@ -38,8 +38,8 @@ class ModelConfig(Config):
     dtype: DtypeName = semantic("bfloat16", help="dtype of the matmuls and activations")
     remat: RematName = runtime(
         "full",
-        help="kept for the backward pass: none = everything, full = layer inputs alone, "
-        "dots = also weight matmuls, dots_batch = every matmul",
+        help="kept for the backward pass: none = no matmul and no attention is computed again, "
+        "full = layer inputs alone, dots = also weight matmuls, dots_batch = every matmul",
     )
     attention: AttentionName = runtime(
         "auto", help="auto: splash on TPU and cudnn on GPU where they can, else chunked"

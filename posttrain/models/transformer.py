@@ -5,10 +5,14 @@ Shape suffixes: B rows, T positions, D embed, V vocabulary rows, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from posttrain.models.attention import ATTENTION
 from posttrain.models.embedding import look_up
 from posttrain.models.layers import (
     Compute,
@@ -22,9 +26,21 @@ from posttrain.models.spec import ModelConfig, Spec
 from posttrain.sharding import constrain, named_sharding
 
 _POLICIES = jax.checkpoint_policies
-# What the backward pass keeps of each layer; the rest is computed again. None: no remat at all.
-REMAT = {
-    "none": None,
+_MATMULS = _POLICIES.save_from_both_policies(
+    _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(ATTENTION)
+)
+
+
+def _matmuls_and_attention(primitive: Any, *args: Any, **params: Any) -> Any:
+    # cudnn's kernel gives no name to what its backward pass reads
+    kernel = primitive.name.startswith("dot_product_attention_fwd")
+    return kernel or _MATMULS(primitive, *args, **params)
+
+
+# What the backward pass keeps of each layer; the rest is computed again. With no policy at all a
+# scan would keep every intermediate, and a copy of each weight, gathered.
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": _matmuls_and_attention,
     "full": _POLICIES.nothing_saveable,
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,
     "dots_batch": _POLICIES.dots_saveable,
@@ -64,8 +80,8 @@ class Transformer(nnx.Module):
         def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
             return nnx.merge(graph, layer)(x, rope, attend), None
 
-        if (policy := REMAT[self.compute.remat]) is not None:
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        policy = REMAT[self.compute.remat]
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x, _ = jax.lax.scan(body, self.embed(tokens_BT), stacked)
         return self.normed(constrain(x, ("batch", None, None)))
 
