@@ -60,6 +60,16 @@ def test_a_pass_computes_what_the_run_uses_and_nobody_has(
     assert len(computed) == len(set(computed)) == 20, "an extended run adds what it lacks"
 
 
+def test_a_held_out_set_that_is_the_training_set_is_computed_once(
+    run_preference: Runner, tiny_pairs: list[str], data_dir: Path, computed: list[int]
+) -> None:
+    """What is computed is found by content, under whatever name a source has it."""
+    same = f"eval.sets.same={{path: {data_dir / 'golden' / 'prefs.jsonl'}, limit: 20}}"
+    keys = [same, "eval.samples=0", "train.epochs=1", "batch.examples=4"]
+    run = run_preference(*tiny_pairs, *keys, devices=1)
+    assert len(computed) == len(set(computed)) == 2 * sum(x["examples"] for x in run.metrics)
+
+
 def test_a_pass_that_was_stopped_goes_on_and_changes_no_bit(
     run_preference: Runner,
     tiny_pairs: list[str],
