@@ -51,7 +51,7 @@ Generate = Callable[[list[list[int]], float], list[list[int]]]
 
 
 class Config(Section):
-    """The demo. The defaults take about three minutes on two cores."""
+    """The demo. The defaults take minutes on two cores (docs/demo.md)."""
 
     job: Literal["demo"] = semantic("demo", help="names the job")
     work_dir: Path = runtime(Path("runs/demo"), help="everything is written here")
@@ -143,7 +143,6 @@ def stage_config(cfg: Config, name: Stage) -> dict[str, Any]:
                 "type": "dpo",
                 **{k: getattr(cfg, k) for k in ("beta", "label_smoothing", "nll_weight")},
             },
-            # once the pairs are learned gradients are small: a short memory would make them big
             "optim": stage["optim"] | {"b2": 0.999},
         }
         del stage["data"]["too_long"]
