@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +74,24 @@ def test_tensorboard_files_are_written_by_default(tmp_path: Path) -> None:
     writer = Writer(tmp_path, LogConfig(), primary=True)
     writer.write(1, {"loss": 1.0})
     writer.close()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch installed")
+def test_tensorboard_files_need_no_torch(tmp_path: Path) -> None:
+    """And torch can be imported after them all the same."""
+    program = f"""
+import sys
+from pathlib import Path
+from posttrain.metrics import LogConfig, Writer
+writer = Writer(Path({str(tmp_path)!r}), LogConfig(), primary=True)
+writer.write(1, {{"loss": 1.0}})
+writer.close()
+assert "torch" not in sys.modules
+import importlib.util
+assert importlib.util.find_spec("torch")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
