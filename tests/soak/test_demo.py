@@ -1,6 +1,6 @@
 """`posttrain demo` as it is shipped, on seeds that its settings were not chosen on: what it claims.
 
-Three seeds take some six minutes on two quiet cores. CI asks for few rounds and gets the first seed
+A seed takes minutes, too long for CI to run three: it asks for few rounds and gets the first seed
 alone: the settings are the same for all, so that one finds what breaks the story.
 """
 
