@@ -138,10 +138,11 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
     trace = _Trace(run)
     try:
         for step in range(start + 1, run.total_steps + 1):
-            trace.before(step)
+            trace.before(step, state)
             waited = run.source.waited
             batch = run.source.next()
-            state, device_metrics = run.train_step(state, batch, run.reference)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, device_metrics = run.train_step(state, batch, run.reference)
             waited = run.source.waited - waited
             pending.append(_Step(step, device_metrics, run.size(step - 1), waited))
             if len(pending) > 1:
@@ -263,8 +264,10 @@ class _Trace:
         self._folder, self._steps = run.folder / "trace", run.log.trace_steps
         self._on = self._made = False
 
-    def before(self, step: int) -> None:
+    def before(self, step: int, wait_for: Any) -> None:
+        """wait_for: the state that step begins with, so that no earlier step is in the trace."""
         if self._steps and not self._made and self._steps[0] <= step <= self._steps[1]:
+            jax.block_until_ready(wait_for)
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._on = self._made = True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
 from pathlib import Path
@@ -56,10 +58,32 @@ def test_the_profiler_is_on_for_the_steps_asked_and_always_put_off(
     run: Any = type("Run", (), {"folder": Path("x"), "log": LogConfig(trace_steps=asked)})
     trace = loop._Trace(run)
     for step in made:
-        trace.before(step)
+        trace.before(step, None)
         if events[-1:] == ["on"]:
             seen.append(step)
         trace.after(step, None)
     trace.close()
     assert seen == traced
     assert events == (["on", "off"] if traced else [])
+
+
+def test_a_trace_holds_the_work_of_its_steps_alone(tmp_path: Path) -> None:
+    """What docs/performance.md reads: events of the compiled program, with the module's name."""
+    run: Any = type("Run", (), {"folder": tmp_path, "log": LogConfig(trace_steps=(2, 3))})
+    programs = {}
+    for step in range(1, 5):
+
+        def work(x: jax.Array, times: int = step) -> jax.Array:
+            return x @ x * times
+
+        work.__name__ = f"step_{step}"
+        programs[step] = jax.jit(work)
+    trace, x = loop._Trace(run), jax.numpy.ones((64, 64))
+    for step, program in programs.items():
+        trace.before(step, x)
+        x = program(x)
+        trace.after(step, x)
+    (written,) = tmp_path.glob("trace/plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(written.read_bytes()))["traceEvents"]
+    modules = {event.get("args", {}).get("hlo_module") for event in events} - {None}
+    assert modules == {"jit_step_2", "jit_step_3"}
