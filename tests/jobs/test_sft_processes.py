@@ -13,9 +13,16 @@ from tests.jobs.runs import Finished, Runner, finish, relative, start, start_tog
 
 
 @pytest.fixture(scope="module")
-def undisturbed(run_sft: Runner) -> Finished:
-    """Ten steps on one device."""
-    return run_sft("train.steps=10", devices=1)
+def undisturbed(golden_keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Ten steps in a process with one device, as the runs that are held to its bits.
+
+    XLA cuts a CPU's matmuls among threads by how many devices the process has, idle ones too:
+    the last bits of a run depend on that number.
+    """
+    folder = tmp_path_factory.mktemp("undisturbed")
+    running = start([*golden_keys, f"run_dir={folder}", "train.steps=10"], devices=1)
+    assert finish([running]) == [0]
+    return Finished(0, folder)
 
 
 def test_two_processes_make_the_same_run_and_another_host_count_resumes_it(
