@@ -87,39 +87,45 @@ def test_sft(ours: Ours, theirs: TRL, rounds: int) -> None:
 
 
 def test_start(ours: Ours, theirs: TRL, rounds: int) -> None:
-    """The first step's update is made: with no cache of any kind, then with what that left."""
+    """The first step's update is made: with no cache of any kind, then with what that left.
+
+    Eight examples a step on every side: a packed step of eight rows would be twice the work.
+    """
 
     def start(side: Ours | TRL, forget: bool, **args: Any) -> Run:
         if forget:
             side.forget()
         return side.sft(1, **args)
 
+    same = {"batch__examples": ROWS, "batch__order": "sequential"}
+    peer_order = {"train_sampling_strategy": "sequential"}
+
     padded, longest, *_ = LAYOUTS
     figures, runs = [], {}
     for state, forget in (("cold", True), ("warm", False)):
         found = in_turns(
             {
-                "ours": lambda forget=forget: start(ours, forget),
-                padded: lambda forget=forget: start(theirs, forget, **PADDED),
-                longest: lambda forget=forget: start(theirs, forget),
+                "ours": lambda forget=forget: start(ours, forget, **same),
+                padded: lambda forget=forget: start(theirs, forget, **PADDED, **peer_order),
+                longest: lambda forget=forget: start(theirs, forget, **peer_order),
             },
             rounds,
         )
-        for name in (padded, longest):
+        for name, goal in ((padded, 0.5), (longest, None)):
             figures.append(
                 _figure(
                     f"start to the first step made, {state} (s)",
                     found,
                     name,
                     lambda run: run.first_step,
-                    goal=0.5,
+                    goal=goal,
                     better="less",
                 )
             )
         runs |= {f"{state} {name}": of for name, of in found.items()}
     notes = [
         "Cold: nothing prepared, no compiled programs kept. Warm: both as the run before left "
-        "them. The first step is part of the time: ours holds the same number of rows, packed.",
+        "them. The first step is part of the time: the same eight examples on every side.",
         quiet_note(runs),
     ]
     write("start", figures, notes)
