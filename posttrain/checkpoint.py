@@ -3,6 +3,7 @@
 <run_dir>/resolved.yaml    the config, as `posttrain sft <run_dir>/resolved.yaml` would take it
           semantic.json    the part of it that decides the result
           checkpoints/<k>  Orbax: `state` after k updates, the resolved config as its metadata
+          frozen.json      what it does not train, where it does not train all: a fingerprint
           metrics.jsonl  tensorboard/  samples/  export/
           lock             held by the process that trains in the folder
 """
@@ -228,6 +229,14 @@ def find_checkpoint(source: str) -> Path:
     return folder.absolute() / "checkpoints" / (step or str(steps[-1]))
 
 
+def saved_params(source: str) -> set[str]:
+    """The paths, as `layers/attention/q`, of the parameters that a checkpoint holds."""
+    from orbax.checkpoint import v1 as ocp
+
+    saved: Any = ocp.metadata(str(find_checkpoint(source)), checkpointable_name="state").metadata
+    return set(_shapes(saved["params"], "/"))
+
+
 def restore_params(source: str, abstract_params: Any) -> Any:
     """The parameters alone of a checkpoint; source as find_checkpoint takes it."""
     from orbax.checkpoint import v1 as ocp
@@ -250,15 +259,15 @@ def restore_params(source: str, abstract_params: Any) -> Any:
 
 def _refuse_other_shapes(saved: Any, wanted: Any) -> None:
     """Orbax passes over what only one side has, and so would train on weights never read."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        paths = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(at, simple=True, separator="."): x.shape for at, x in paths}
-
-    has, asked = shapes(saved), shapes(wanted)
+    has, asked = _shapes(saved, "."), _shapes(wanted, ".")
     for name in sorted(has.keys() | asked.keys()):
         if has.get(name) != asked.get(name):
             raise ValueError(f"{name}: {has.get(name)} there, {asked.get(name)} in the model")
+
+
+def _shapes(tree: Any, separator: str) -> dict[str, tuple[int, ...]]:
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(at, simple=True, separator=separator): x.shape for at, x in paths}
 
 
 def _first_line(error: Exception) -> str:

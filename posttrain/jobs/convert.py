@@ -150,12 +150,13 @@ def _template_of(folder: Path, tokenizer: Any) -> str | None:
 def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
     from flax import nnx
 
-    from posttrain import checkpoint, config
+    from posttrain import config
     from posttrain.chat.template import ChatTemplate
     from posttrain.chat.tokenizer import Tokenizer
-    from posttrain.models import read_spec
+    from posttrain.models import hf, read_spec
     from posttrain.models.folder import local_folder
     from posttrain.models.transformer import abstract_model, compute_of
+    from posttrain.train.starting import restored
 
     if cfg.new_tokens or cfg.vocab_multiple > 1:
         raise ConfigError(
@@ -165,13 +166,20 @@ def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
     trained = config.load(_Trained, [run_dir / "resolved.yaml"], accepts=accepts)
     folder = local_folder(trained.model.path)
     tokenizer = Tokenizer.load(folder)
+    old = tokenizer.size
     if trained.model.new_tokens:
         tokenizer = tokenizer.with_added_tokens(list(trained.model.new_tokens))
     chat = ChatTemplate.load(folder, tokenizer, trained.chat)
     spec = read_spec(folder)
     spec = spec.with_vocab(max(spec.vocab_size, tokenizer.size), trained.model.vocab_multiple)
     _, abstract = abstract_model(spec, compute_of(trained.model), mesh)
-    params = checkpoint.restore_params(cfg.source, nnx.to_pure_dict(abstract))
+
+    def base() -> Any:  # where the run left a part of the parameters as it found them
+        ids = range(old, tokenizer.size)
+        model = hf.open_model(trained.model, mesh, tokenizer_size=tokenizer.size, new_ids=ids)
+        return nnx.to_pure_dict(model.state)
+
+    params = restored(cfg.source, nnx.to_pure_dict(abstract), base)
     return _Source(
         folder,
         spec,

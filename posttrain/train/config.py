@@ -1,4 +1,4 @@
-"""How long training goes on and what is measured on the way."""
+"""How long training goes on, what of the model is trained, and what is measured on the way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from posttrain.data.config import Sources
 
 
 class TrainConfig(Config):
-    """How long to train."""
+    """How long to train, and which parameters."""
 
     epochs: int | None = semantic(None, gt=0, help="passes over the data; 1 if steps is not set")
     steps: int | None = semantic(None, gt=0, help="optimiser steps, instead of epochs")
     head_chunk: int = runtime(256, gt=0, help="trained tokens per chunk of the vocabulary head")
+
+    trainable: tuple[str, ...] | None = semantic(
+        None, help="patterns of the parameters to train, as layers/*; none = all"
+    )
+    frozen: tuple[str, ...] | None = semantic(
+        None, help="patterns of parameters, as embedding or *norm, that stay as they are"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

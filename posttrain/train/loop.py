@@ -93,9 +93,11 @@ class Run:
     folder: Path
     spec: Spec
     train_step: Callable[..., tuple[TrainState, reporting.Metrics]]
-    """(state, batch, reference) -> (state, metrics)."""
+    """(state, batch, reference, frozen) -> (state, metrics)."""
     reference: Any
     """The parameters of a live reference; None: there is none."""
+    frozen: Any
+    """The parameters that are not trained."""
     source: OfflineSource
     size: Callable[[int], StepSize]
     total_steps: int
@@ -142,7 +144,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
             waited = run.source.waited
             batch = run.source.next()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, device_metrics = run.train_step(state, batch, run.reference)
+                state, device_metrics = run.train_step(state, batch, run.reference, run.frozen)
             waited = run.source.waited - waited
             pending.append(_Step(step, device_metrics, run.size(step - 1), waited))
             if len(pending) > 1:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from posttrain import checkpoint, sharding
+from posttrain import sharding
 from posttrain.checkpoint import is_primary
 from posttrain.data.cache import Cache
 from posttrain.data.config import DataConfig
 from posttrain.data.plan import BatchConfig, Plan
 from posttrain.data.prepare import prepare
+from posttrain.models.nested import Rule, split
 from posttrain.train.evaluate import HeldOut
 from posttrain.train.model import Model
+from posttrain.train.starting import restored
+from posttrain.train.state import abstract
 from posttrain.train.step import Forward, eval_step_fn
+from posttrain.train.trainable import trained_rule
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,15 @@ class Parts:
             data, self.model.chat, pairs=self.pairs, is_primary=is_primary(), section=section
         )
 
+    @functools.cached_property
+    def rule(self) -> Rule:
+        """Which parameters the run trains."""
+        return trained_rule(self.cfg.train, self.model.params)
+
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """(trained, frozen) of all parameters."""
+        return split(params, self.rule)
+
     def restored(self, source: str) -> Any:
         """The parameters of a run's checkpoint, laid out as the model's."""
-        layout = jax.tree.map(
-            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding),
-            self.model.params,
-        )
-        return checkpoint.restore_params(source, layout)
+        return restored(source, abstract(self.model.params), lambda: self.model.params)

@@ -2,7 +2,8 @@
 
 cached  one pass before training over the examples that the run's plans use and that nobody has
         computed yet; the results lie beside the prepared data (train/reference_store.py)
-live    a second set of parameters on the mesh, computed with in every step
+live    a second set of the trained parameters on the mesh (of what is frozen there is one copy),
+        computed with in every step
 
 Neither is in a checkpoint: <run_dir>/reference.json names the weights, and a resumed run has the
 same reference, or says that it has not.
@@ -32,6 +33,7 @@ from posttrain.data.cache import Cache
 from posttrain.data.plan import BatchConfig, Plan
 from posttrain.metrics import Progress
 from posttrain.models.head import trained_targets
+from posttrain.models.nested import join
 from posttrain.train.loop import PREEMPTED, Preemption
 from posttrain.train.offline import OfflineSource
 from posttrain.train.parts import Parts
@@ -83,7 +85,9 @@ def make_references(
 
     if mode == "live":
         params, weights = same()
-        made = References(live_copy(params, parts.cfg.model.dtype), nothing.stores)
+        trained, frozen = parts.split(params)
+        live = join(live_copy(trained, parts.cfg.model.dtype), frozen)
+        made = References(live, nothing.stores)
     else:
         params, weights = (None, recorded) if recorded else same()
         stores = [_store(parts, cache, weights) for cache, _ in sets]

@@ -20,6 +20,7 @@ from posttrain.config import ConfigError, plain_dict
 from posttrain.data.cache import Cache
 from posttrain.data.plan import Plan
 from posttrain.metrics import Writer
+from posttrain.models.nested import join
 from posttrain.sampling import engine
 from posttrain.train import evaluate, loop
 from posttrain.train.config import EvalConfig
@@ -29,8 +30,10 @@ from posttrain.train.model import Model, open_model, use_compile_cache
 from posttrain.train.offline import OfflineSource, step_size
 from posttrain.train.parts import Parts
 from posttrain.train.reference import ReferenceMode, References, make_references
+from posttrain.train.starting import keep_frozen
 from posttrain.train.state import TrainState, abstract, new_state
 from posttrain.train.step import train_step_fn
+from posttrain.train.trainable import describe
 
 
 def run(
@@ -60,6 +63,7 @@ def _run(cfg: Any, devices: Sequence[Any] | None, pairs: bool, mode: ReferenceMo
         if cfg.checkpoint.init_from and not resuming:  # asked before anything slow is done
             checkpoint.find_checkpoint(cfg.checkpoint.init_from)
         parts = Parts(cfg, mesh, open_model(cfg, mesh), pairs)
+        parts.split(parts.model.params)  # refuses patterns that name nothing before data are read
         _refuse_long_rows(cfg.data.seq_len, parts.model)
         cache = parts.prepare(cfg.data, "data.sources")
         steps, epochs = cfg.train.steps, cfg.train.epochs or 1
@@ -97,15 +101,18 @@ def _train(
     sets = [(cache, plan), *((held.cache, held.plan) for held in held_out)]
     references = make_references(parts, sets, mode, starting, resuming)
     checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, plain_dict(cfg))
+    # a resumed run needs what it started from for what is frozen alone
+    whole = starting() if not resuming or parts.split(model.params)[1] else model.params
+    trained, frozen = parts.split(whole)
+    keep_frozen(cfg.run_dir, frozen)
+    state = new_state(trained, tx)
+    known = (model.params, starting() if starting.cache_info().currsize else None)
     if resuming:
-        state = new_state(model.params, tx)
         layout = abstract(state)
-        _free((state, starting() if starting.cache_info().currsize else None))
+        _free((state, known), but=frozen)
         state = checkpoints.restore(layout)
     else:
-        state = new_state(starting(), tx)
-        if cfg.checkpoint.init_from:
-            _free(model.params)
+        _free(known, but=(state, frozen))
     start = int(state.step)
     if start > plan.steps:
         raise ConfigError(
@@ -121,12 +128,13 @@ def _train(
     )
     writer = Writer(cfg.run_dir, cfg.log, primary=is_primary(), resumed_at=start)
     source = OfflineSource(cache, plan, mesh, start, reference=references.stores[0])
-    _say(cfg, plan, model, mesh, start, began)
+    _say(cfg, plan, model, mesh, start, began, describe(state.params, frozen) if frozen else None)
     run = loop.Run(
         folder=cfg.run_dir,
         spec=model.spec,
         train_step=step,
         reference=references.live,
+        frozen=frozen,
         source=source,
         size=lambda k: step_size(plan, k),
         total_steps=plan.steps,
@@ -135,7 +143,7 @@ def _train(
         checkpoints=checkpoints,
         writer=writer,
         log=cfg.log,
-        evaluate=_evaluation(parts, held_out, references) if held_out else None,
+        evaluate=_evaluation(parts, held_out, references, frozen) if held_out else None,
         eval_every=cfg.eval.every,
         tokens_before=sum(step_size(plan, k).tokens for k in range(start)),
     )
@@ -148,25 +156,28 @@ def _train(
     if preempted:
         return loop.PREEMPTED
     if cfg.export:
-        export(cfg, model, plan, state.params)
+        export(cfg, model, plan, join(state.params, frozen))
     return 0
 
 
-def _free(tree: Any) -> None:
+def _free(tree: Any, *, but: Any) -> None:
     """Gives back the memory of arrays that somebody still holds and nobody reads again."""
+    kept = {id(array) for array in jax.tree.leaves(but)}
     for array in jax.tree.leaves(tree):
-        if not array.is_deleted():
+        if id(array) not in kept and not array.is_deleted():
             array.delete()
 
 
 def _say(
-    cfg: Any, plan: Plan, model: Model, mesh: jax.sharding.Mesh, start: int, began: float
-) -> None:
+    cfg: Any, plan: Plan, model: Model, mesh: jax.sharding.Mesh, start: int, began: float,
+    split: str | None,
+) -> None:  # fmt: skip
     if not is_primary():
         return
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     for line in (
         f"model: {model.spec.family}, {model.spec.parameters:,} parameters, {cfg.model.path}",
+        *([split] if split else []),
         f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {shape}",
         plan.describe(),
         f"vocabulary head: at most {plan.head_budget():,} trained tokens in a shard's rows",
@@ -177,7 +188,7 @@ def _say(
         print(line, flush=True)
 
 
-def _evaluation(parts: Parts, sets: Sequence[HeldOut], references: References) -> Any:
+def _evaluation(parts: Parts, sets: Sequence[HeldOut], references: References, frozen: Any) -> Any:
     cfg: EvalConfig = parts.cfg.eval
     stores = references.stores[1:]
     sets = [
@@ -197,11 +208,12 @@ def _evaluation(parts: Parts, sets: Sequence[HeldOut], references: References) -
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
         found: dict[str, float] = {}
+        params = join(state.params, frozen)
         for held_out in sets:
-            found |= held_out.measure(state.params, parts.mesh, references.live)
+            found |= held_out.measure(params, parts.mesh, references.live)
             if cfg.samples:
                 path = parts.cfg.run_dir / "samples" / f"{step}_{held_out.name}.jsonl"
-                evaluate.write_samples(path, held_out, tokenizer, cfg, generate, state.params)
+                evaluate.write_samples(path, held_out, tokenizer, cfg, generate, params)
         return found
 
     return measure

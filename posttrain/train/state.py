@@ -15,7 +15,7 @@ from posttrain import optim, sharding
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """params: nested dict of arrays, as in nnx.to_pure_dict of the model's state."""
+    """params: those that are trained, a nested dict of arrays (see train/trainable.py)."""
 
     step: jax.Array  # int32 scalar: updates made
     params: Any
@@ -29,8 +29,6 @@ def new_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(step, params, optim.init_state(tx, params))
 
 
-def abstract(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a state or of parameters: what is restored to."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -20,6 +20,7 @@ from flax import nnx
 from posttrain import sharding
 from posttrain.metrics import Metrics
 from posttrain.models.head import token_outputs
+from posttrain.models.nested import join
 from posttrain.optim import Schedule
 from posttrain.train.state import TrainState
 from posttrain.types import Batch, Mean, Terms, TokenOutputs
@@ -89,10 +90,11 @@ def train_step_fn(
     clip_norm: float | None,
     state: TrainState,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Jitted (state, batch, reference=None) -> (state, metrics); the state's buffers are donated.
+    """Jitted (state, batch, reference=None, frozen=None) -> (state, metrics).
 
     reference: the parameters of a live reference; None where the loss needs none or batches hold
-    what it said. They are neither changed nor donated.
+    what it said. frozen: those of the model that are not in the state; None: there are none.
+    The state's buffers are donated; the others are neither changed nor donated.
 
     `state` gives the layout (arrays or abstract): gradients and the new state keep it, so that the
     second call finds the shardings that the first was compiled for. Metrics are of the parameters
@@ -102,20 +104,22 @@ def train_step_fn(
     layout = jax.tree.map(lambda x: x.sharding, state)
 
     def total(
-        params: Any, micro: Batch, reference: Any
+        params: Any, micro: Batch, reference: Any, frozen: Any
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, metrics = forward(params, micro, reference)
+        loss, metrics = forward(join(params, frozen), micro, reference)
         return loss.total, (loss.count, metrics)
 
-    def micro_grads(params: Any, micro: Batch, reference: Any) -> tuple[Any, jax.Array, Metrics]:
+    def micro_grads(params: Any, micro: Batch, *others: Any) -> tuple[Any, jax.Array, Metrics]:
         run = jax.value_and_grad(total, has_aux=True)
-        (_, (count, metrics)), grads = run(params, micro, reference)
+        (_, (count, metrics)), grads = run(params, micro, *others)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.lax.with_sharding_constraint(grads, layout.params), count, metrics
 
-    def step(state: TrainState, batch: Batch, reference: Any = None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, reference: Any = None, frozen: Any = None
+    ) -> tuple[TrainState, Metrics]:
         grads, count, metrics = _sum_over_micro_batches(
-            lambda micro: micro_grads(state.params, micro, reference), batch
+            lambda micro: micro_grads(state.params, micro, reference, frozen), batch
         )
         grads = jax.tree.map(lambda g: g / count, grads)
         norm = optax.tree.norm(grads)

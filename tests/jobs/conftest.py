@@ -62,16 +62,49 @@ def golden_pairs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 @pytest.fixture(scope="session")
-def tiny_pairs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Further keys for what needs no golden figures: a tiny random model, few and short pairs."""
+def tiny_folder(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What needs no golden figures: a tiny model of the golden one's vocabulary, no weights yet."""
     golden, folder = data_dir / "golden" / "model", tmp_path_factory.mktemp("tiny")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((golden / name).read_bytes())
     cfg = json.loads((golden / "config.json").read_text())
     cfg |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     (folder / "config.json").write_text(json.dumps(cfg))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with random weights in a file, wide enough that a step moves the loss."""
+    from posttrain.models import hf
+    from posttrain.models.spec import ModelConfig
+    from tests.models.tiny import mesh_of
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    for file in tiny_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    mesh = mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        cfg = ModelConfig(path=str(tiny_folder), random_init=True, vocab_multiple=1)
+        made = hf.open_model(cfg, mesh)
+        hf.save(folder, made.spec, made.state)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sft(tiny_model: Path) -> list[str]:
+    """Further keys of SFT runs of it: few and short conversations."""
     return [
-        *(f"model.path={folder}", "model.random_init=true"),
+        *(f"model.path={tiny_model}", "data.seq_len=256", "data.too_long=drop"),
+        *("data.sources.gsm8k.limit=24", "batch.examples=4"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tiny_folder: Path) -> list[str]:
+    """Further keys of runs of preference: a tiny random model, few and short pairs."""
+    return [
+        *(f"model.path={tiny_folder}", "model.random_init=true"),
         *("data.seq_len=512", "data.too_long=drop", "data.sources.prefs.limit=20"),
         *("batch.packing=best_fit", "batch.order=shuffle", "batch.examples=2"),
     ]
