@@ -51,6 +51,7 @@ class Pair:
 
     chosen: Sample
     rejected: Sample
+    margin: float = 0.0  # by how much the chosen answer is the better one, where somebody said so
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Example:
 
     tokens: np.ndarray  # int32 [n]
     loss_weights: np.ndarray  # float32 [n]; loss_weights[0] is 0
+    margin: float = 0.0  # of the pair that it is a side of
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Batch:
     pair_ids: Any = None  # int32 [A, B, S]; number of the pair in its micro-batch, -1 likewise
     chosen: Any = None  # bool [A, B, S]; the segment is the chosen side of its pair
     reference_logps: Any = None  # float32 [A, B, T]; of trained tokens by the reference, else 0
+    margins: Any = None  # float32 [A, B, S]; of the segment's pair, 0 where none was given
 
 
 @dataclass(frozen=True)

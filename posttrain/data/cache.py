@@ -23,10 +23,11 @@ import numpy as np
 from posttrain.data.report import Report
 from posttrain.types import Example
 
-VERSION = 2
+VERSION = 3
 INDEX = "index.json"  # written last; a folder without it is not a cache
 REPORT = "report.json"
 ARRAYS = {"lengths": "i4", "trained": "i4", "source_ids": "i4", "file_ids": "i4", "lines": "i8"}
+ARRAYS |= {"margins": "f4"}
 SHARD_BYTES = 1 << 30
 _WRITE_OPTIONS = "group_size:1,snappy"  # zstd: half the size at four times the CPU time
 _READ_OPTIONS = "readahead_buffer_size:0"  # random access: what follows is not wanted
@@ -51,6 +52,7 @@ class Cache:
         self.source_ids = arrays["source_ids"]
         self._files: list[str] = index["files"]
         self._file_ids, self._lines = arrays["file_ids"], arrays["lines"]
+        self._margins = arrays["margins"]
         self._shards: list[str] = [shard["name"] for shard in index["shards"]]
         self._starts = np.cumsum([0] + [shard["examples"] for shard in index["shards"]])
         self._readers: list[Any] = [None] * len(self._shards)
@@ -103,7 +105,8 @@ class Cache:
             positions = (wanted[places] - self._starts[shard]).tolist()
             for place, record in zip(places, self._reader(shard).read(positions), strict=True):
                 records[place] = record
-        return [_decode(record) for record in records]
+        margins = self._margins[wanted].tolist()
+        return [_decode(*made) for made in zip(records, margins, strict=True)]
 
     def place(self, i: int) -> str:
         """Where example i came from: file:line."""
@@ -130,11 +133,12 @@ class Cache:
             return self._readers[shard]
 
 
-def _decode(record: bytes) -> Example:
+def _decode(record: bytes, margin: float) -> Example:
     half = len(record) // 2
     return Example(
         np.frombuffer(record, "<i4", count=half // 4),
         np.frombuffer(record, "<f4", offset=half),
+        margin,
     )
 
 
@@ -178,6 +182,7 @@ class CacheWriter:
         weights: np.ndarray,
         lengths: np.ndarray,
         lines: np.ndarray,
+        margins: np.ndarray,
         source_id: int,
         file: str,
     ) -> None:
@@ -202,6 +207,7 @@ class CacheWriter:
             "source_ids": np.full(n, source_id),
             "file_ids": np.full(n, file_id),
             "lines": lines,
+            "margins": margins,
         }
         for name, values in new.items():
             self._parts[name].append(values.astype(ARRAYS[name]))

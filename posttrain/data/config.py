@@ -33,6 +33,11 @@ class SourceConfig(Config):
     )
     repeats: float = semantic(1.0, gt=0, help="times an epoch sees each example, where no weights")
     limit: int | None = semantic(None, gt=0, help="only the first rows of this source")
+    margin: str = semantic(
+        "margin",
+        help='of pairs: column that says by how much chosen is better, where rows have it; "" = '
+        "it is left alone",
+    )
     ignore_keys: tuple[str, ...] = semantic(
         (), help="keys of messages that hold no training data (ids, dates, ranks ...)"
     )

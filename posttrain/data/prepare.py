@@ -110,6 +110,7 @@ def _make(
                 result.weights,
                 result.lengths,
                 result.lines,
+                result.margins,
                 result.source_id,
                 result.file,
             )

@@ -12,6 +12,7 @@ from posttrain.chat.template import ChatError, ChatTemplate
 from posttrain.data.config import SourceConfig, TooLong
 from posttrain.data.fit import fit, fit_pair, prompts_differ, same, trained
 from posttrain.data.formats import get_format
+from posttrain.data.formats.base import margin_of
 from posttrain.data.report import SourceReport
 from posttrain.data.rows import SIDES, Defect, RowError
 from posttrain.data.sources import Block
@@ -42,6 +43,7 @@ class Result:
     weights: np.ndarray  # float32 [sum(lengths)]
     lengths: np.ndarray  # int32 [n]
     lines: np.ndarray  # int64 [n]
+    margins: np.ndarray  # float32 [n]
     whole_lengths: np.ndarray  # int32 [m], before anything was cut
     report: SourceReport
     defects: list[Defect] = field(default_factory=list)
@@ -64,13 +66,18 @@ class Job:
         done = _Done(block.file)
         lines: list[int] = []
         samples: list[Sample] = []  # of pairs: chosen, rejected, chosen ...
+        margins: list[float] = []
         for row in block.rows():
             done.report.rows += 1
             problems = row.problems
             if not problems:
                 try:
                     made = self._convert(task, row.value)
-                    samples += [made.chosen, made.rejected] if isinstance(made, Pair) else [made]
+                    if isinstance(made, Pair):
+                        samples += [made.chosen, made.rejected]
+                        margins.append(made.margin)
+                    else:
+                        samples.append(made)
                     lines.append(row.line)
                 except RowError as error:
                     problems = error.problems
@@ -84,7 +91,7 @@ class Job:
             if self.pairs:
                 for k, line in enumerate(lines):
                     both = slice(2 * k, 2 * k + 2)
-                    self._keep_pair(done, line, Pair(*samples[both]), examples[both])
+                    self._keep_pair(done, line, Pair(*samples[both], margins[k]), examples[both])
             else:
                 for line, made in zip(lines, examples, strict=True):
                     self._keep(done, line, made)
@@ -152,7 +159,7 @@ class Job:
         if fitted.examples:
             total = sum(len(side.tokens) for side in fitted.examples)
             done.report.pairs_in_row += total <= self.seq_len
-        done.keep(line, fitted.examples)
+        done.keep(line, [replace(side, margin=pair.margin) for side in fitted.examples])
 
     def _examples(self, samples: list[Sample]) -> list[list[Example] | ValueError]:
         """Per sample its examples, or why it has none; conversations are encoded together."""
@@ -171,11 +178,12 @@ class Job:
 
     def _convert(self, task: Task, value: Any) -> Sample | Pair:
         assert task.format is not None, "a block with a readable row has a format"
-        made = get_format(task.format).convert(value, self.sources[task.source_id])
+        source = self.sources[task.source_id]
+        made = get_format(task.format).convert(value, source)
         if isinstance(made, Pair) != self.pairs:
             wanted = "a Pair" if self.pairs else "a Conversation or a Text"
             raise TypeError(f"made a {type(made).__name__} where {wanted} is wanted")
-        return made
+        return replace(made, margin=margin_of(value, source)) if isinstance(made, Pair) else made
 
     def _over(self, file: str, line: int, example: Example, field: str = "row") -> Defect:
         ways = "shorten or drop it" if self.pairs else "shorten, split or drop it"
@@ -235,6 +243,7 @@ class _Done:
             weights=weights,
             lengths=np.array([len(e.tokens) for e in kept], np.int32),
             lines=np.array(self.lines, np.int64),
+            margins=np.array([e.margin for e in kept], np.float32),
             whole_lengths=np.array(self.whole, np.int32),
             report=report,
             defects=self.defects,

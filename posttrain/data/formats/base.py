@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.config import SourceConfig
 from posttrain.data.normal import did_you_mean
-from posttrain.data.rows import Problem, RowError, wrong_type
+from posttrain.data.rows import Problem, RowError, show, wrong_type
 from posttrain.types import Pair, Sample
 
 
@@ -59,6 +60,18 @@ def as_object(row: Any, columns: tuple[str, ...]) -> Mapping[str, Any]:
     if slips:
         raise RowError(slips)
     return row
+
+
+def margin_of(row: Any, cfg: SourceConfig) -> float:
+    """The margin of a row that makes a pair; 0 where it has none. RowError: it is no number."""
+    value = row.get(cfg.margin) if cfg.margin and isinstance(row, Mapping) else None
+    if value is None:
+        return 0.0
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not math.isfinite(value):
+        fix = "write a number, remove it, or set margin: '' in the source to leave it alone"
+        raise RowError([Problem(cfg.margin, f"no number: {show(value)}", fix)])
+    return float(value)
 
 
 def items_have(row: Any, columns: tuple[str, ...], keys: tuple[str, ...]) -> str | None:
