@@ -16,25 +16,27 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posttrain.config import Config, ConfigError, runtime
-from posttrain.types import Batch, Mean, Terms, TokenOutputs
+from posttrain.types import Batch, Extremes, Mean, Routing, Terms, TokenOutputs
 
-MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 # A dim whose size its mesh axis does not divide is replicated for that tensor (partition_spec).
 LOGICAL_RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,  # rows of activations
+    "length": ("context",),  # positions of activations
     "layers": (),  # the scanned dim of stacked weights
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("expert",),
     "head_dim": (),
     "norm": (),
 }
 
-for _type in (Batch, TokenOutputs, Mean, Terms):
+for _type in (Batch, TokenOutputs, Routing, Mean, Extremes, Terms):
     jax.tree_util.register_dataclass(
         _type, data_fields=[f.name for f in dataclasses.fields(_type)], meta_fields=[]
     )
@@ -45,6 +47,12 @@ class MeshConfig(Config):
 
     data: int = runtime(1, help="copies of the model, each with its own rows")
     fsdp: int = runtime(-1, help="devices that share one copy's weights, each with its own rows")
+    expert: int = runtime(
+        1,
+        help="devices that split a mixture's experts, each with its own rows (other weights: "
+        "a copy each)",
+    )
+    context: int = runtime(1, help="devices that split each row's positions, for long rows")
     tensor: int = runtime(1, help="devices that split each matmul (heads, ffn, vocabulary)")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,12 +55,30 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Labelled:
+    """An answer that somebody judged by itself: desirable or not. What is judged is what the sample
+    trains."""
+
+    sample: Sample
+    label: bool
+
+
+DataKind = Literal["samples", "pairs", "labelled", "twinned"]
+"""What the rows of a data set are: samples to imitate; pairs to prefer by; answers labelled
+desirable or not; or these, each beside a mismatched twin, its prompt with another row's answer."""
+TWIN = -2
+"""The label of a mismatched twin."""
+EXAMPLES_OF: dict[DataKind, int] = {"samples": 1, "pairs": 2, "labelled": 1, "twinned": 2}
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One tokenised sequence. loss_weights[t] is the weight of token t as a target."""
 
     tokens: np.ndarray  # int32 [n]
     loss_weights: np.ndarray  # float32 [n]; loss_weights[0] is 0
     margin: float = 0.0  # of the pair that it is a side of
+    label: int = -1  # 1 desirable, 0 not, -1 not labelled, TWIN
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,7 @@ class Batch:
     pair_ids: Any = None  # int32 [A, B, S]; number of the pair in its micro-batch, -1 likewise
     chosen: Any = None  # bool [A, B, S]; the segment is the chosen side of its pair
     reference_logps: Any = None  # float32 [A, B, T]; of trained tokens by the reference, else 0
+    labels: Any = None  # int8 [A, B, S]; of each segment's example, -1 likewise
     margins: Any = None  # float32 [A, B, S]; of the segment's pair, 0 where none was given
 
 
@@ -88,9 +107,26 @@ class Batch:
 class TokenOutputs:
     """What the model says about each target token of one micro-batch. None: not asked for."""
 
-    logps: Any  # float32 [B, T]; log p(token t | its segment before t), 0 where not computed
+    logps: Any = None  # float32 [B, T]; log p(token t | its segment before t), 0 where not computed
     entropy: Any = None  # float32 [B, T]; entropy in nats of the distribution token t came from
     correct: Any = None  # float32 [B, T]; 1 where token t was the most probable one
+    log_sum_sq: Any = None  # float32 [B, T]; log sum_v p(v)^2 of the same distribution
+    scores: Any = None  # float32 [B, S]; a reward model's value of each segment, 0 where none is
+    routing: Any = None  # Routing, of each layer that is a mixture of experts
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a mixture's router did, summed over the real tokens of one micro-batch on all devices.
+
+    Of one layer, or of several with a leading dim. E experts.
+    """
+
+    chosen: Any  # float32 [.., E]; how many tokens each expert was chosen by
+    probs: Any  # float32 [.., E]; the router's probabilities
+    z: Any  # float32 [..]; squares of logsumexp of the router's logits
+    entropy: Any  # float32 [..]; entropies of its distributions, in nats
+    tokens: Any  # float32 [..]; how many tokens that is
 
 
 @dataclass(frozen=True)
@@ -110,13 +146,30 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Extremes:
+    """The least and the greatest of some values; of parts, those of them all. Of nothing: inf and
+    -inf. As the metric `x` it is told as min_x and max_x."""
+
+    low: Any
+    high: Any
+
+    def __add__(self, other: Extremes) -> Extremes:
+        return Extremes(self.low.clip(max=other.low), self.high.clip(min=other.high))
+
+
+Statistic = Mapping[str, Mean]
+"""What a loss that couples the examples of a step has to know of all of them."""
+
+
+@dataclass(frozen=True)
 class Terms:
     """What a loss makes of one micro-batch: sum(weights * values) / sum(weights), over the step.
 
-    The three arrays have one shape: [B, T] where the terms are tokens, [P] where they are pairs.
+    The three arrays have one shape: [B, T] where the terms are tokens, [P] where they are pairs,
+    [B, S] where they are segments.
     """
 
     values: Any  # float32
     weights: Any  # float32; 0 where there is no term
     source_ids: Any  # int32; the source a term belongs to, -1 for none
-    metrics: dict[str, Mean]
+    metrics: dict[str, Any]  # Mean or Extremes

@@ -1,37 +1,56 @@
 """Causal attention within the segments of packed rows, behind one function.
 
-Every implementation honours segment ids or raises ValueError; none is swapped in silently for
-another. The visible keys are a function of (segment, position in the row) alone.
-Shape suffixes: B rows, T positions, S cache slots, N query heads, K key/value heads, H head_dim.
+Every implementation honours segment ids, windows and soft caps or raises ValueError; none is
+swapped in silently for another. The visible keys are a function of (segment, position in the row)
+alone.
+Shape suffixes: B rows, T positions (of queries), S of keys or cache slots, N query heads,
+K key/value heads, H head_dim.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from posttrain.sharding import BATCH_AXES
+from posttrain.models import splash
+from posttrain.models.splash import ATTENTION as ATTENTION
+from posttrain.sharding import batch_shards, partition_spec
 
-_SPLASH_BLOCK = 512
 _CHUNK, _CHUNKS = 128, 32  # queries of one chunk, at the least; chunks of a row, at the most
 _NEGATIVE = -1e30  # a masked score: exp gives exactly 0
-ATTENTION = "attention"  # what remat knows attention's results by
-_LANES = 128  # splash's kernel cuts rows into blocks of whole lanes
 
 
-def segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
-    """bool [B, 1, T, T]: may query t see key s? Same segment and s <= t.
+@dataclass(frozen=True)
+class _Rules:
+    """How scores are made, beside causality and segments."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+def segment_mask(segment_ids_BT: jax.Array, window: int | None = None) -> jax.Array:
+    """bool [B, 1, T, T]: may query t see key s? Same segment, s <= t, and t - s < window.
 
     Padding (segment 0) sees earlier padding, so that no row of the softmax is empty.
     """
-    t = segment_ids_BT.shape[1]
-    same = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    return same & jnp.tril(jnp.ones((t, t), bool))
+    return _visible(segment_ids_BT, segment_ids_BT, 0, window)[:, None]
+
+
+def _visible(query_ids_BT: jax.Array, key_ids_BS: jax.Array, first: Any, window: int | None) -> Any:
+    """bool [B, T, S]; `first`: how far the first query lies behind the first key."""
+    behind = first + jnp.arange(query_ids_BT.shape[1])[:, None] - jnp.arange(key_ids_BS.shape[1])
+    seen = behind >= 0
+    if window is not None:
+        seen &= behind < window
+    return seen & (query_ids_BT[:, :, None] == key_ids_BS[:, None, :])
 
 
 def attention(
@@ -41,53 +60,113 @@ def attention(
     segment_ids: jax.Array,
     *,
     implementation: str,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v over the earlier positions of the same segment; float32 softmax.
+    """softmax(cap(q k * scale)) v over the earlier positions of the same segment; float32 softmax.
 
     q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K; segment_ids: int32 [B, T]. Gives
     [B, T, N, H] in q's dtype. implementation: reference (any device; holds [B, N, T, T]), chunked
-    (any device; half of that), cudnn (GPU), splash (TPU), auto (see resolve).
+    (any device; half of that, and no key before the window), cudnn (GPU), splash (TPU), auto (see
+    resolve).
+    window: query t sees keys s with t - s < window alone (Hugging Face's sliding_window); None:
+    all. softcap: scores x become softcap * tanh(x / softcap) (Gemma 2, arXiv:2408.00118, section
+    2); None: they stay. scale: None is 1 / sqrt(H).
     interpret: run splash's kernel on the CPU, slowly.
     Raises ValueError where the implementation asked for cannot do this exactly.
     """
-    name = resolve(q, implementation, jax.default_backend())
+    if window is not None and window < 1:
+        raise ValueError(
+            f"attention: window is {window}, expected at least 1 (a token sees itself)"
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"attention: softcap is {softcap}, expected more than 0")
+    rules = _Rules(q.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
+    mesh = jax.sharding.get_abstract_mesh()
+    cut = _cut(q, k, mesh)
+    parts = mesh.shape["context"] if cut and cut[1] else 1
+    name = resolve(q, implementation, jax.default_backend(), softcap=softcap, context=parts)
     if name == "splash":
-        return _splash(q, k, v, segment_ids, interpret=interpret)
-    if name == "cudnn":
-        return _cudnn(q, k, v, segment_ids)
-    if name == "chunked":
-        return _chunked(q, k, v, segment_ids)
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=segment_mask(segment_ids), implementation="xla"
-    )
+        return _splash(q, k, v, segment_ids, rules, cut, interpret=interpret)
+    local = {"reference": _reference, "cudnn": _cudnn, "chunked": _chunked}[name]
+    if parts == 1:  # the compiler cuts rows and heads by itself
+        return local(q, k, v, segment_ids, segment_ids, 0, rules)
+    return _mapped(functools.partial(local, rules=rules), mesh, cut)(q, k, v, segment_ids)
 
 
-def resolve(q: jax.Array, implementation: str, platform: str) -> str:
-    """What `auto` stands for, by platform and q's shape and dtype alone; other names as they are.
+def _cut(q: jax.Array, k: jax.Array, mesh: Any) -> PartitionSpec | None:
+    """How [B, T, heads, H] lies on the mesh. None: there is none, or it does not divide the rows.
 
-    Raises ValueError on an unknown name, and where the kernel named takes no such q.
+    Heads are cut where `tensor` divides those of k and q, positions where `context` divides them.
     """
-    checks: dict[str, Callable[[jax.Array], str | None]] = {
-        "reference": lambda _: None,
-        "chunked": lambda _: None,
-        "cudnn": _cudnn_refusal,
-        "splash": _splash_refusal,
+    if mesh.empty or q.shape[0] % batch_shards(mesh):
+        return None
+    fewest = (*q.shape[:2], math.gcd(q.shape[2], k.shape[2]))
+    names = partition_spec(("batch", "length", "heads"), fewest, mesh)
+    return PartitionSpec(*(n if n is None or _size(mesh, n) > 1 else None for n in names))
+
+
+def _size(mesh: Any, entry: Any) -> int:
+    return math.prod(mesh.shape[axis] for axis in ([entry] if isinstance(entry, str) else entry))
+
+
+def _mapped(local: Callable[..., jax.Array], mesh: Any, cut: Any, *first: Any) -> Any:
+    """(q, k, v, segment ids) -> each device's queries against all keys of their rows.
+
+    Keys, values and segment ids are gathered over `context`, and the keys' gradients scattered.
+    first: layouts of arguments that come before q.
+    """
+
+    def shard(*args: Any) -> jax.Array:
+        *before, q, k, v, ids = args
+        if cut[1] is None:
+            return local(*before, q, k, v, ids, ids, 0)
+        k, v, keys = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v, ids))
+        return local(*before, q, k, v, ids, keys, jax.lax.axis_index("context") * q.shape[1])
+
+    specs = (*first, cut, cut, cut, PartitionSpec(*cut[:2]))
+    return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)
+
+
+def resolve(
+    q: jax.Array,
+    implementation: str,
+    platform: str,
+    *,
+    softcap: float | None = None,
+    context: int = 1,
+) -> str:
+    """What `auto` stands for, by platform, q's shape and dtype, softcap and the number of devices
+    that a row is cut over; other names as they are.
+
+    Raises ValueError on an unknown name, and where the kernel named cannot do it.
+    """
+    checks: dict[str, Callable[[], str | None]] = {
+        "reference": lambda: None,
+        "chunked": lambda: None,
+        "cudnn": lambda: _cudnn_refusal(q, softcap, context),
+        "splash": lambda: _splash_refusal(q, context),
     }
     if implementation == "auto":
         kernel = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform)
-        return kernel if kernel and checks[kernel](q) is None else "chunked"
+        return kernel if kernel and checks[kernel]() is None else "chunked"
     if implementation not in checks:
         raise ValueError(
             f"attention {implementation!r} is not known (there are: auto, {', '.join(checks)})"
         )
-    if refusal := checks[implementation](q):
+    if refusal := checks[implementation]():
         raise ValueError(f"attention: {implementation} cannot do this: {refusal}")
     return implementation
 
 
-def _cudnn_refusal(q: jax.Array) -> str | None:
+def _cudnn_refusal(q: jax.Array, softcap: float | None, context: int) -> str | None:
     _, t, _, head_dim = q.shape
+    if context > 1:
+        return f"it takes whole rows, and mesh.context={context} cuts them"
+    if softcap is not None:
+        return f"it knows no soft cap of scores, and this model has one ({softcap:g})"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, found {q.dtype} (model.dtype)"
     if head_dim % 8 or head_dim > 128:
@@ -95,102 +174,144 @@ def _cudnn_refusal(q: jax.Array) -> str | None:
     return f"it needs rows of even length, found {t}" if t % 2 else None
 
 
-def _splash_refusal(q: jax.Array) -> str | None:
-    t = q.shape[1]
-    return f"it needs rows of a multiple of {_LANES}, found {t}" if t % _LANES else None
+def _splash_refusal(q: jax.Array, context: int) -> str | None:
+    t, lanes = q.shape[1], splash.LANES
+    if t % (lanes * context) == 0:
+        return None
+    each = f" for each of mesh.context={context} devices" if context > 1 else ""
+    return f"it needs rows of a multiple of {lanes}{each}, found {t}"
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    # its own causal flag knows no segments: the whole mask goes in as one
+def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: Any, rules: _Rules) -> jax.Array:
+    """The formula: q [B, T, K, G, H] of G query heads a key head, k and v [B, S, K, H]."""
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = _capped(scores * rules.scale, rules.softcap)
+    scores = jnp.where(mask_BTS[:, None, None], scores, _NEGATIVE)
+    p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", p, v)
+
+
+def _whole(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: Any, rules: _Rules) -> jax.Array:
+    """All scores at once: jax's own function, where it knows of all the rules."""
+    if rules.softcap is None:
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask_BTS[:, None], scale=rules.scale, implementation="xla"
+        )
+    return _attend(_grouped(q, k), k, v, mask_BTS, rules).reshape(q.shape)
+
+
+def _grouped(q: jax.Array, k: jax.Array) -> jax.Array:
+    """[B, T, N, H] -> [B, T, K, N / K, H]."""
+    return q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+
+
+# Of the next three: q [B, T, N, H] at positions `first` .. `first` + T of the row that k and v
+# [B, S, K, H] are of, and the segment ids of both.
+
+
+def _reference(
+    q: Any, k: Any, v: Any, query_ids: Any, key_ids: Any, first: Any, rules: _Rules
+) -> jax.Array:
+    return _whole(q, k, v, _visible(query_ids, key_ids, first, rules.window), rules)
+
+
+def _cudnn(
+    q: Any, k: Any, v: Any, query_ids: Any, key_ids: Any, first: Any, rules: _Rules
+) -> jax.Array:
+    # its own causal and window flags know no segments: the whole mask goes in as one
+    mask = _visible(query_ids, key_ids, first, rules.window)[:, None]
     return jax.nn.dot_product_attention(
-        q, k, v, mask=segment_mask(segment_ids), implementation="cudnn"
+        q, k, v, mask=mask, scale=rules.scale, implementation="cudnn"
     )
 
 
-def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Chunk by chunk of queries against the keys up to the chunk's end.
+def _chunked(
+    q: Any, k: Any, v: Any, query_ids: Any, key_ids: Any, first: Any, rules: _Rules
+) -> jax.Array:
+    """Chunk by chunk of queries against the keys from the window's start to the chunk's end.
 
-    Half of the reference's arithmetic and memory, since keys after a chunk are never touched; the
-    backward pass makes the scores again.
+    Half of the reference's arithmetic and memory without a window, since keys after a chunk are
+    never touched; the backward pass makes the scores again. Where `first` is known to the device
+    alone, keys after a chunk are touched too.
     """
-    b, t, n, head_dim = q.shape
-    groups = k.shape[2]
+    t, s = q.shape[1], k.shape[1]
     size = max(_CHUNK, -(-t // _CHUNKS))
-    q_BTKGH = q.reshape(b, t, groups, n // groups, head_dim)
-
-    @jax.checkpoint
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, _NEGATIVE)
-        p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bskh->btkgh", p, v)
+    q_BTKGH = _grouped(q, k)
+    attend = jax.checkpoint(functools.partial(_attend, rules=rules))
 
     def chunk(start: int) -> jax.Array:
         end = min(start + size, t)
-        rows = slice(start, end)
-        same = segment_ids[:, rows, None] == segment_ids[:, None, :end]
-        mask = same & (jnp.arange(start, end)[:, None] >= jnp.arange(end))
-        return attend(q_BTKGH[:, rows], k[:, :end], v[:, :end], mask)
+        low, high = _keys(first + start, end - start, s, rules.window)
+        rows, ids = query_ids[:, start:end], _span(key_ids, low, high)
+        mask = _visible(rows, ids, first + start - low, rules.window)
+        return attend(q_BTKGH[:, start:end], _span(k, low, high), _span(v, low, high), mask)
 
     return jnp.concatenate([chunk(start) for start in range(0, t, size)], 1).reshape(q.shape)
 
 
+def _keys(first: Any, queries: int, keys: int, window: int | None) -> tuple[Any, int]:
+    """(the first key that a chunk of queries touches, how many): static numbers if `first` is."""
+    before = first if window is None else window - 1
+    if isinstance(first, int):
+        low = max(0, first - before)
+        return low, first + queries - low
+    if window is None or queries + before >= keys:
+        return 0, keys
+    number = queries + before
+    return jnp.clip(first - before, 0, keys - number), number
+
+
+def _span(x: jax.Array, low: Any, number: int) -> jax.Array:
+    """x[:, low : low + number]."""
+    if isinstance(low, int):
+        return x[:, low : low + number]
+    return jax.lax.dynamic_slice_in_dim(x, low, number, axis=1)
+
+
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool
-) -> jax.Array:
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, rules: _Rules,
+    cut: PartitionSpec | None, *, interpret: bool,
+) -> jax.Array:  # fmt: skip
     """Pallas kernel for TPU. It cannot be partitioned by the compiler: shard_map does it."""
     mesh = jax.sharding.get_abstract_mesh()
-    kernel = functools.partial(_splash_local, interpret=interpret)
+    make = functools.partial(
+        splash.make_kernel, window=rules.window, softcap=rules.softcap, interpret=interpret
+    )
+    local = functools.partial(splash.attend, scale=rules.scale)
+    t, heads = q.shape[1:3]
     if mesh.empty:
-        return kernel(q, k, v, segment_ids)
-    shards = mesh.shape["tensor"]
-    heads = "tensor" if q.shape[2] % shards == 0 and k.shape[2] % shards == 0 else None
-    qkv, rows = PartitionSpec(BATCH_AXES, None, heads), PartitionSpec(BATCH_AXES)
-    mapped = jax.shard_map(
-        kernel, mesh=mesh, in_specs=(qkv, qkv, qkv, rows), out_specs=qkv, check_vma=False
-    )
-    return mapped(q, k, v, segment_ids)
+        return local(make(t, heads), q, k, v, segment_ids, segment_ids, 0)
+    if cut is None:
+        raise ValueError(f"attention: splash needs rows that the mesh divides, found {q.shape[0]}")
+    heads //= mesh.shape["tensor"] if cut[2] else 1
+    kernel = make(t, heads, parts=mesh.shape["context"] if cut[1] else 1)
+    layout = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, cut[1])))
+    return _mapped(local, mesh, cut, layout)(kernel, q, k, v, segment_ids)
 
 
-def _splash_local(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool
+def cached_attention(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    at: jax.Array,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    _, t, n, head_dim = q.shape
-    size = next(b for b in (_SPLASH_BLOCK, 256, _LANES) if t % b == 0)
-    blocks = splash.BlockSizes(
-        block_q=size,
-        block_kv=size,
-        block_q_dkv=size,
-        block_kv_dkv=size,
-        block_q_dq=size,
-        block_kv_dq=size,
-    )
-    causal = masks.MultiHeadMask([masks.CausalMask((t, t))] * n)
-    kernel: Any = splash.make_splash_mha_single_device(
-        causal,
-        block_sizes=blocks,
-        interpret=interpret,
-        residual_checkpoint_name=ATTENTION,
-    )
-    scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)  # the kernel does not
-
-    def row(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-        return kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids))
-
-    q, k, v = (x.swapaxes(1, 2) for x in (scaled, k, v))  # heads first
-    return jax.vmap(row)(q, k, v, segment_ids).swapaxes(1, 2).astype(q.dtype)
-
-
-def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
     """Attention of one new token a row over its cache; float32 softmax.
 
     q: [B, 1, N, H]; keys, values: [B, S, K, H]; at: int32 [B], the new token's own slot: it sees
-    slots 0..at. Gives [B, 1, N, H].
+    slots 0..at, of these the last `window`. window, softcap, scale as in attention. Gives
+    [B, 1, N, H].
     """
-    visible = jnp.arange(keys.shape[1]) <= at[:, None]
-    return jax.nn.dot_product_attention(
-        q, keys, values, mask=visible[:, None, None, :], implementation="xla"
-    )
+    rules = _Rules(q.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
+    behind = at[:, None] - jnp.arange(keys.shape[1])
+    visible = behind >= 0
+    if window is not None:
+        visible &= behind < window
+    return _whole(q, keys, values, visible[:, None, :], rules)

@@ -26,27 +26,34 @@ class _Plan:
 
     mesh: Any
     dtype: Any  # of the result
+    context: str | None  # the axis that rows are cut along, if any
     fsdp: str | None  # the axis D is cut along, if any
     tensor: str | None  # likewise V
+
+    @property
+    def rows(self) -> P:
+        """The layout of [B, T, ...]."""
+        return P(BATCH_AXES, self.context)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
     """table[tokens] in `dtype`, [B, T, D]. Its gradient adds up in float32, whatever dtype is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or tokens_BT.shape[0] % batch_shards(mesh):
-        plan = _Plan(None, jnp.dtype(dtype), None, None)
+        plan = _Plan(None, jnp.dtype(dtype), None, None, None)
     else:
         cut = partition_spec(("vocab", "embed"), table_VD.shape, mesh)
-        tensor, fsdp = (axis if axis and mesh.shape[axis] > 1 else None for axis in cut)
-        plan = _Plan(mesh, jnp.dtype(dtype), fsdp, tensor)
+        cut = (*cut, *partition_spec(("length",), tokens_BT.shape[1:], mesh))
+        tensor, fsdp, context = (axis if axis and mesh.shape[axis] > 1 else None for axis in cut)
+        plan = _Plan(mesh, jnp.dtype(dtype), context, fsdp, tensor)
     found: Any = _look_up(table_VD, tokens_BT, plan)
     return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _look_up(table_VD: jax.Array, tokens_BT: jax.Array, plan: _Plan) -> Any:
-    rows = P(BATCH_AXES)
-    return _mapped(_take, plan, (P(plan.tensor, plan.fsdp), rows), rows)(table_VD, tokens_BT)
+    table, rows = P(plan.tensor, plan.fsdp), plan.rows
+    return _mapped(_take, plan, (table, rows), rows)(table_VD, tokens_BT)
 
 
 def _forward(table_VD: jax.Array, tokens_BT: jax.Array, plan: _Plan) -> Any:
@@ -55,7 +62,7 @@ def _forward(table_VD: jax.Array, tokens_BT: jax.Array, plan: _Plan) -> Any:
 
 def _backward(plan: _Plan, saved: Any, ct_BTD: jax.Array) -> Any:
     table_VD, tokens_BT = saved
-    rows, table = P(BATCH_AXES), P(plan.tensor, plan.fsdp)
+    rows, table = plan.rows, P(plan.tensor, plan.fsdp)
     add = functools.partial(_add, rows=table_VD.shape[0])
     return _mapped(add, plan, (rows, rows), table)(ct_BTD, tokens_BT).astype(table_VD.dtype), None
 
@@ -100,5 +107,6 @@ def _add(ct_BTD: jax.Array, tokens_BT: jax.Array, rows: int, plan: _Plan) -> jax
         grad = jax.lax.psum_scatter(grad, plan.fsdp, scatter_dimension=1, tiled=True)
     if plan.mesh is None:
         return grad
-    copies = [a for a in BATCH_AXES if a != plan.fsdp and plan.mesh.shape[a] > 1]
+    others = (*BATCH_AXES, *([plan.context] if plan.context else []))
+    copies = [a for a in others if a != plan.fsdp and plan.mesh.shape[a] > 1]
     return jax.lax.psum(grad, tuple(copies)) if copies else grad

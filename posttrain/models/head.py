@@ -31,10 +31,24 @@ class _Plan:
     slots: int  # compacted positions of a shard, a multiple of chunk
     chunk: int
     vocab_size: int
-    fsdp: str | None  # the axis W's D is sharded on, if any
+    softcap: float | None
+    context: str | None  # the axis that rows are cut along, if any
+    fsdp: str | None  # likewise W's D
     tensor: str | None  # likewise its V
+
+    @property
+    def rows(self) -> P:
+        """The layout of [B, T, ...]."""
+        return P(BATCH_AXES, self.context)
+
     entropy: bool
     correct: bool
+    log_sum_sq: bool
+
+
+def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(z / cap); z itself where there is no cap."""
+    return z if cap is None else cap * jnp.tanh(z / cap)
 
 
 def trained_targets(segment_ids_BT: jax.Array, loss_weights_BT: jax.Array) -> jax.Array:
@@ -58,22 +72,21 @@ def _offset(width: int, plan: _Plan) -> Any:
 
 
 def _logits(h_cD: jax.Array, w_DV: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
-    """This shard's columns of the logits, float32, and their vocabulary ids."""
+    """This shard's columns of the logits, capped, float32, and their vocabulary ids."""
     ids = _offset(w_DV.shape[1], plan) + jnp.arange(w_DV.shape[1])
     z = jnp.einsum("cd,dv->cv", h_cD, w_DV, preferred_element_type=jnp.float32)
-    return jnp.where(ids < plan.vocab_size, z, _NEGATIVE), ids
+    return jnp.where(ids < plan.vocab_size, soft_cap(z, plan.softcap), _NEGATIVE), ids
 
 
 def _positions(trained_BT: jax.Array, plan: _Plan) -> jax.Array:
     """Flat indices of this shard's trained positions, ascending: int32 [chunks, c].
 
-    Slots left over hold indices past the end (their predecessors' too), each another one: gathers
-    give 0, scatters drop.
+    Slots left over hold indices past the end, each another one: gathers give 0, scatters drop.
     """
     flat = trained_BT.reshape(-1)
     at = jnp.nonzero(flat, size=plan.slots, fill_value=flat.size)[0]
     slot = jnp.arange(plan.slots)
-    at = jnp.where(slot < flat.sum(), at, flat.size + 1 + slot)
+    at = jnp.where(slot < flat.sum(), at, flat.size + slot)
     return at.reshape(-1, plan.chunk).astype(jnp.int32)
 
 
@@ -87,14 +100,14 @@ def _put(x: jax.Array, at_c: jax.Array, values: jax.Array) -> jax.Array:
     return x.at[at_c].set(values, mode="drop", indices_are_sorted=True, unique_indices=True)
 
 
-def _forward(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan):  # inside shard_map
-    tokens, h_flat = tokens_BT.reshape(-1), hidden_BTD.reshape(tokens_BT.size, -1)
+def _forward(hidden_BTD, w, next_BT, trained_BT, plan: _Plan):  # inside shard_map
+    tokens, h_flat = next_BT.reshape(-1), hidden_BTD.reshape(next_BT.size, -1)
     at = _positions(trained_BT, plan)
     w_DV = _gather(w, hidden_BTD.dtype, plan)
 
     def body(_: None, at_c: jax.Array) -> tuple[None, dict[str, jax.Array]]:
         y = _take(tokens, at_c)
-        z, ids = _logits(_take(h_flat, at_c - 1), w_DV, plan)
+        z, ids = _logits(_take(h_flat, at_c), w_DV, plan)
         top = _over_tensor(jax.lax.pmax, z.max(-1), plan)
         total = _over_tensor(jax.lax.psum, jnp.exp(z - top[:, None]).sum(-1), plan)
         lse = top + jnp.log(total)
@@ -106,12 +119,16 @@ def _forward(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan):  # inside shard
         if plan.correct:
             best = jnp.where(z == top[:, None], ids, jnp.iinfo(jnp.int32).max).min(-1)
             out["correct"] = (_over_tensor(jax.lax.pmin, best, plan) == y).astype(jnp.float32)
+        if plan.log_sum_sq:
+            squares = jnp.exp(2 * (z - top[:, None])).sum(-1)
+            squares = jnp.log(_over_tensor(jax.lax.psum, squares, plan))
+            out["log_sum_sq"] = squares + 2 * (top - lse)
         return None, out
 
     _, out = jax.lax.scan(body, None, at)
-    zeros = jnp.zeros(tokens_BT.size, jnp.float32)
+    zeros = jnp.zeros(next_BT.size, jnp.float32)
     out = {k: _put(zeros, at.reshape(-1), v.reshape(-1)) for k, v in out.items()}
-    out = {k: v.reshape(tokens_BT.shape) for k, v in out.items()}
+    out = {k: v.reshape(next_BT.shape) for k, v in out.items()}
     saved = {name: out[name] for name in ("lse", "entropy") if name in out}
     del out["lse"]
     overflow = trained_BT.sum() > plan.slots
@@ -119,14 +136,14 @@ def _forward(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan):  # inside shard
     return out, saved
 
 
-def _backward(hidden_BTD, w, tokens_BT, trained_BT, saved, ct, plan: _Plan):  # inside shard_map
-    tokens, h_flat = tokens_BT.reshape(-1), hidden_BTD.reshape(tokens_BT.size, -1)
+def _backward(hidden_BTD, w, next_BT, trained_BT, saved, ct, plan: _Plan):  # inside shard_map
+    tokens, h_flat = next_BT.reshape(-1), hidden_BTD.reshape(next_BT.size, -1)
     w_DV = _gather(w, hidden_BTD.dtype, plan)
     saved, ct = ({k: v.reshape(-1) for k, v in tree.items()} for tree in (saved, ct))
 
     def body(carry: tuple[jax.Array, jax.Array], at_c: jax.Array) -> Any:
         dw_DV, dh_flat = carry
-        h, y = _take(h_flat, at_c - 1), _take(tokens, at_c)
+        h, y = _take(h_flat, at_c), _take(tokens, at_c)
         z, ids = _logits(h, w_DV, plan)
         logp = z - _take(saved["lse"], at_c)[:, None]
         p, g = jnp.exp(logp), _take(ct["logps"], at_c)[:, None]
@@ -134,16 +151,19 @@ def _backward(hidden_BTD, w, tokens_BT, trained_BT, saved, ct, plan: _Plan):  # 
         if plan.entropy:  # dH/dz = -p (log p + H)
             entropy, g = (_take(x["entropy"], at_c)[:, None] for x in (saved, ct))
             dz -= g * p * (logp + entropy)
+        if plan.softcap is not None:  # z is capped: dz/dlogit = 1 - tanh^2; 0 in padding columns
+            dz *= jnp.maximum(1 - (z / plan.softcap) ** 2, 0)
         dz = dz.astype(w_DV.dtype)
         dh = jnp.einsum("cv,dv->cd", dz, w_DV, preferred_element_type=jnp.float32)
         dw_DV += jnp.einsum("cd,cv->dv", h, dz, preferred_element_type=jnp.float32)
-        return (dw_DV, _put(dh_flat, at_c - 1, dh.astype(dh_flat.dtype))), None
+        return (dw_DV, _put(dh_flat, at_c, dh.astype(dh_flat.dtype))), None
 
     zeros = (jnp.zeros(w_DV.shape, jnp.float32), jnp.zeros_like(h_flat))
     (dw, dh), _ = jax.lax.scan(body, zeros, _positions(trained_BT, plan))
     if plan.fsdp:
         dw = jax.lax.psum_scatter(dw, plan.fsdp, scatter_dimension=0, tiled=True)
-    copies = [axis for axis in BATCH_AXES if axis != plan.fsdp and plan.mesh.shape[axis] > 1]
+    others = (*BATCH_AXES, *([plan.context] if plan.context else []))
+    copies = [axis for axis in others if axis != plan.fsdp and plan.mesh.shape[axis] > 1]
     dw = jax.lax.psum(dw, tuple(copies)) if copies else dw
     dh = _over_tensor(jax.lax.psum, dh, plan)
     return dh.reshape(hidden_BTD.shape), dw.astype(w.dtype)
@@ -161,19 +181,19 @@ def _shard_map(f: Any, plan: _Plan, in_specs: Any, out_specs: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _outputs(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan) -> Any:
-    return _outputs_fwd(hidden_BTD, w, tokens_BT, trained_BT, plan)[0]
+def _outputs(hidden_BTD, w, next_BT, trained_BT, plan: _Plan) -> Any:
+    return _outputs_fwd(hidden_BTD, w, next_BT, trained_BT, plan)[0]
 
 
-def _outputs_fwd(hidden_BTD, w, tokens_BT, trained_BT, plan: _Plan):
-    rows, kernel = P(BATCH_AXES), P(plan.fsdp, plan.tensor)
+def _outputs_fwd(hidden_BTD, w, next_BT, trained_BT, plan: _Plan):
+    rows, kernel = plan.rows, P(plan.fsdp, plan.tensor)
     forward = _shard_map(_forward, plan, (rows, kernel, rows, rows), (rows, rows))
-    out, saved = forward(hidden_BTD, w, tokens_BT, trained_BT)
-    return out, (hidden_BTD, w, tokens_BT, trained_BT, saved)
+    out, saved = forward(hidden_BTD, w, next_BT, trained_BT)
+    return out, (hidden_BTD, w, next_BT, trained_BT, saved)
 
 
 def _outputs_bwd(plan: _Plan, residuals, ct):
-    rows, kernel = P(BATCH_AXES), P(plan.fsdp, plan.tensor)
+    rows, kernel = plan.rows, P(plan.fsdp, plan.tensor)
     specs = (rows, kernel, rows, rows, rows, rows)
     backward = _shard_map(_backward, plan, specs, (rows, kernel))
     dh, dw = backward(*residuals, ct)
@@ -193,17 +213,21 @@ def token_outputs(
     mesh: jax.sharding.Mesh,
     budget: int,
     vocab_size: int,
+    softcap: float | None = None,
     chunk: int = 1024,
     entropy: bool = False,
     correct: bool = False,
+    log_sum_sq: bool = False,
 ) -> TokenOutputs:
     """Log-probabilities of the trained tokens (weight != 0), by the positions before them.
 
     hidden_BTD: after the final norm, in the compute dtype; W_DV: the head's kernel in the
     weights' dtype. budget: the most trained tokens any shard's rows may hold; chunk: how many
     are in logits at once. vocab_size: tokens that exist (spec.vocab_size); W's further columns
-    are padding and have probability 0. Differentiable in hidden and W through logps and entropy
-    (nats); `correct` is 1 where the target is the (first) most probable token.
+    are padding and have probability 0. softcap: logits z become softcap * tanh(z / softcap)
+    (spec.final_softcap; Gemma 2, arXiv:2408.00118, section 2). Differentiable in hidden and W
+    through logps and entropy (nats); `correct` is 1 where the target is the (first) most probable
+    token, `log_sum_sq` the log of sum_v p(v)^2: neither has a gradient.
 
     A shard that holds more trained tokens than fit gives NaN for all of its log-probs, so that
     no loss is made of a part of them; budget_overflow counts them.
@@ -215,20 +239,34 @@ def token_outputs(
             f"{hidden_BTD.shape[0]} rows do not divide over {shards} shards of the mesh"
         )
     kernel = partition_spec(("embed", "vocab"), W_DV.shape, mesh)
-    chunk, slots = _layout(budget, chunk)
+    context = _axis(partition_spec(("length",), tokens_BT.shape[1:], mesh)[0], mesh)
+    # a shard trains no more tokens than it has positions, of which `budget` knows nothing
+    positions = tokens_BT.size // shards // (mesh.shape[context] if context else 1)
+    chunk, slots = _layout(min(budget, positions), chunk)
     plan = _Plan(
         mesh=mesh,
         slots=slots,
         chunk=chunk,
         vocab_size=vocab_size,
+        softcap=softcap,
+        context=context,
         fsdp=_axis(kernel[0], mesh),
         tensor=_axis(kernel[1], mesh),
         entropy=entropy,
         correct=correct,
+        log_sum_sq=log_sum_sq,
     )
+    # What a position predicts is moved to it, and what comes of it moved back, a number a token:
+    # inside, no shard needs its neighbour's activations.
     trained = trained_targets(segment_ids_BT, loss_weights_BT)
-    out: Any = _outputs(hidden_BTD, W_DV, tokens_BT, trained, plan)
-    return TokenOutputs(out["logps"], out.get("entropy"), out.get("correct"))
+    next_BT, trained = _before(tokens_BT), _before(trained)
+    out: Any = _outputs(hidden_BTD, W_DV, next_BT, trained, plan)
+    return TokenOutputs(**{name: jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for name, x in out.items()})
+
+
+def _before(x_BT: jax.Array) -> jax.Array:
+    """What belongs to each token, at the position before it."""
+    return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
 
 
 def _layout(budget: int, chunk: int) -> tuple[int, int]:
@@ -254,6 +292,8 @@ def budget_overflow(
     chunk: int = 1024,
 ) -> jax.Array:
     """int32: trained tokens, over all shards, for which token_outputs has no room. 0 = sound."""
-    trained = trained_targets(segment_ids_BT, loss_weights_BT)
-    counts = trained.reshape(batch_shards(mesh), -1).sum(-1)
+    trained = _before(trained_targets(segment_ids_BT, loss_weights_BT))
+    cut = _axis(partition_spec(("length",), trained.shape[1:], mesh)[0], mesh)
+    parts = mesh.shape[cut] if cut else 1
+    counts = trained.reshape(batch_shards(mesh), -1, parts, trained.shape[1] // parts).sum((1, 3))
     return jnp.maximum(counts - _layout(budget, chunk)[1], 0).sum()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import posttrain.models.attention as attention_module
+from posttrain.models import splash
 from posttrain.models.attention import attention, cached_attention, resolve
 from tests.models.tiny import mesh_of
 
@@ -33,18 +34,70 @@ def run(case: dict[str, Any], implementation: str, **options: Any) -> jax.Array:
     return attention(*qkv, case["segments"], implementation=implementation, **options)
 
 
+def definition(
+    case: dict[str, np.ndarray],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float = H**-0.5,
+) -> dict[str, np.ndarray]:
+    """In float64: forward (padding 0), and the gradients of sum(forward * BACK) by hand."""
+    ids = case["segments"]
+    t = ids.shape[1]
+    behind = np.arange(t)[:, None] - np.arange(t)
+    seen = (ids[:, :, None] == ids[:, None, :]) & (behind >= 0)
+    if window is not None:
+        seen &= behind < window
+    back = np.cos(np.arange(B * t * N * H)).reshape(B, t, N, H) * (ids > 0)[..., None, None]
+
+    def heads_first(x: np.ndarray, repeat: int = 1) -> np.ndarray:
+        return np.repeat(x.astype(np.float64), repeat, axis=2).swapaxes(1, 2)
+
+    q, back = heads_first(case["q"]), heads_first(back)
+    k, v = (heads_first(case[name], N // K) for name in ("k", "v"))
+    raw = q @ k.swapaxes(2, 3) * scale
+    capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
+    slope = 1.0 if softcap is None else 1 - (capped / softcap) ** 2
+    scores = np.where(seen[:, None], capped, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    d_p = back @ v.swapaxes(2, 3)
+    d_raw = p * (d_p - (d_p * p).sum(-1, keepdims=True)) * slope * scale
+
+    def grouped(x: np.ndarray) -> np.ndarray:
+        return x.reshape(B, K, N // K, t, H).sum(2).swapaxes(1, 2)
+
+    return {
+        "forward": (p @ v).swapaxes(1, 2) * (ids > 0)[..., None, None],
+        "q": (d_raw @ k).swapaxes(1, 2),
+        "k": grouped(d_raw.swapaxes(2, 3) @ q),
+        "v": grouped(p.swapaxes(2, 3) @ back),
+    }
+
+
+def computed(case: dict[str, Any], implementation: str, **options: Any) -> dict[str, jax.Array]:
+    """What definition gives, by an implementation."""
+    real = jnp.asarray(case["segments"] > 0, jnp.float32)[..., None, None]
+
+    @jax.jit
+    def both(q: Any, k: Any, v: Any) -> Any:
+        def forward(q: Any, k: Any, v: Any) -> jax.Array:
+            return run(case | {"q": q, "k": k, "v": v}, implementation, **options) * real
+
+        out, pull = jax.vjp(forward, q, k, v)
+        return out, *pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+    found = both(case["q"], case["k"], case["v"])
+    return dict(zip(("forward", "q", "k", "v"), found, strict=True))
+
+
+def assert_right(found: dict[str, Any], want: dict[str, np.ndarray]) -> None:
+    for name, right in want.items():
+        np.testing.assert_allclose(found[name], right, atol=2e-5, err_msg=name)
+
+
 def expected(case: dict[str, np.ndarray]) -> np.ndarray:
-    """The definition, one query after another, in float64; padding stays 0."""
-    out = np.zeros((B, T, N, H))
-    for b, t, n in np.ndindex(B, T, N):
-        segment = case["segments"][b, t]
-        seen = [s for s in range(t + 1) if segment and case["segments"][b, s] == segment]
-        if seen:
-            k, v = (case[x][b, seen, n // (N // K)].astype(np.float64) for x in ("k", "v"))
-            scores = k @ case["q"][b, t, n].astype(np.float64) / np.sqrt(H)
-            p = np.exp(scores - scores.max())
-            out[b, t, n] = p / p.sum() @ v
-    return out
+    return definition(case)["forward"]
 
 
 def real(case: dict[str, np.ndarray], x: Any) -> np.ndarray:
@@ -83,6 +136,104 @@ def test_chunked_needs_half_of_the_references_memory() -> None:
         )
 
     assert temporary("chunked") < temporary("reference") * 0.55
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "itself": {"window": 1},
+    "window": {"window": 40},
+    "wide": {"window": 500},
+    "cap": {"softcap": 1.5},
+    "scale": {"scale": 0.7},
+    "gemma2": {"window": 25, "softcap": 2.0, "scale": 0.4},
+}
+
+
+@pytest.fixture(scope="module")
+def long_case() -> dict[str, np.ndarray]:
+    """Two of splash's blocks a row, segments that cross their border, and padding."""
+    rng = np.random.default_rng(1)
+    t = 256
+    segments = np.zeros((B, t), np.int32)
+    segments[0, :101], segments[0, 101:230] = 1, 2
+    segments[1] = 1
+    shapes = {"q": N, "k": K, "v": K}
+    arrays = {name: rng.normal(size=(B, t, n, H)).astype(np.float32) for name, n in shapes.items()}
+    return arrays | {"segments": segments}
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_windows_soft_caps_and_scales_are_the_definitions_with_gradients(
+    case: dict[str, np.ndarray], implementation: str, rules: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "_CHUNK", 37)
+    found = computed(case, implementation, **RULES[rules])
+    assert_right(found, definition(case, **RULES[rules]))
+
+
+@pytest.mark.parametrize("rules", ["itself", "gemma2"])
+def test_splash_honours_windows_soft_caps_and_scales(
+    long_case: dict[str, np.ndarray], rules: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """window 1 leaves a block that no query sees; gemma2 one that some see in part."""
+    monkeypatch.setattr(splash, "_BLOCK", 128)
+    found = computed(long_case, "splash", interpret=True, **RULES[rules])
+    assert_right(found, definition(long_case, **RULES[rules]))
+
+
+@pytest.mark.parametrize("rules", ["all", "gemma2"])
+@pytest.mark.parametrize("implementation", ["reference", "chunked", "splash"])
+def test_rows_cut_over_context_are_whole_rows(
+    long_case: dict[str, np.ndarray],
+    implementation: str,
+    rules: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two devices hold a row; chunks of 37 queries of them, whose windows cross to the other."""
+    monkeypatch.setattr(attention_module, "_CHUNK", 37)
+    options = {"interpret": True} if implementation == "splash" else {}
+    with jax.set_mesh(mesh_of(1, 2, 2, context=2)):
+        found = computed(long_case, implementation, **options, **RULES[rules])
+    assert_right(found, definition(long_case, **RULES[rules]))
+
+
+def test_context_is_refused_where_it_cannot_be() -> None:
+    q = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+    assert resolve(q, "auto", "tpu", context=2) == "splash"
+    assert resolve(q, "auto", "tpu", context=4) == "chunked"
+    assert resolve(q, "auto", "gpu", context=2) == "chunked"
+    with pytest.raises(ValueError, match=r"multiple of 128 for each of mesh.context=4 devices"):
+        resolve(q, "splash", "tpu", context=4)
+    with pytest.raises(ValueError, match=r"whole rows, and mesh.context=2 cuts them"):
+        resolve(q, "cudnn", "gpu", context=2)
+
+
+def test_chunked_touches_no_key_before_the_window() -> None:
+    """16 chunks of 128 queries: 136 blocks of scores without a window, 31 with one."""
+
+    def flops(window: int | None) -> float:
+        q = jax.ShapeDtypeStruct((1, 2048, 4, 16), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+        f = lambda q, s: attention(q, q, q, s, implementation="chunked", window=window)  # noqa: E731
+        return jax.jit(f).lower(q, ids).compile().cost_analysis()["flops"]
+
+    assert flops(128) < 0.3 * flops(None)
+
+
+def test_cudnn_takes_no_soft_cap() -> None:
+    q = jax.ShapeDtypeStruct((1, 128, 4, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"cudnn cannot do this: it knows no soft cap.*\(50\)"):
+        resolve(q, "cudnn", "gpu", softcap=50.0)
+    assert resolve(q, "auto", "gpu", softcap=50.0) == "chunked"
+    assert resolve(q, "auto", "tpu", softcap=50.0) == "splash"
+
+
+def test_a_window_of_nothing_is_refused(case: dict[str, np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="window is 0, expected at least 1"):
+        run(case, "reference", window=0)
+    with pytest.raises(ValueError, match="softcap is 0, expected more than 0"):
+        run(case, "reference", softcap=0)
 
 
 @pytest.mark.parametrize("shape", [None, (2, 1, 2)])
@@ -160,11 +311,14 @@ def test_auto_goes_by_platform_and_shape() -> None:
     assert resolve(q(128, 60, jnp.bfloat16), "auto", "gpu") == "chunked"
 
 
-def test_cached_attention_is_the_last_row_of_the_whole(case: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("rules", RULES)
+def test_cached_attention_is_the_last_row_of_the_whole(
+    case: dict[str, np.ndarray], rules: str
+) -> None:
     """Slots beyond the new token's hold rubbish, which must not be seen."""
     whole = {n: x[1:] for n, x in case.items()}
     at = 77
-    last = cached_attention(
-        whole["q"][:, at : at + 1], whole["k"], whole["v"], jnp.array([at], jnp.int32)
-    )
-    np.testing.assert_allclose(last[0, 0], expected(case)[1, at], atol=2e-6)
+    q, where = whole["q"][:, at : at + 1], jnp.array([at], jnp.int32)
+    last = cached_attention(q, whole["k"], whole["v"], where, **RULES[rules])
+    want = definition(case, **RULES[rules])["forward"][1, at]
+    np.testing.assert_allclose(last[0, 0], want, atol=2e-6)

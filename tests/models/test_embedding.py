@@ -21,20 +21,24 @@ B, T, V, D = 16, 13, 40, 8  # no other dim is 13: T names activations in the HLO
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows", "vocab"),
+    ("shape", "rows", "vocab", "positions"),
     [
-        ((2, 4, 1), B, V),
-        ((2, 2, 2), B, V),
-        ((1, 1, 8), B, V),
-        ((1, 1, 8), B, V - 3),  # the mesh does not divide the vocabulary
-        ((2, 4, 1), 3, V),  # nor the rows
+        ((2, 4, 1), B, V, T),
+        ((2, 2, 2), B, V, T),
+        ((1, 1, 8), B, V, T),
+        ((1, 2, 1, 2, 2), B, V, 14),
+        ((1, 1, 8), B, V - 3, T),  # the mesh does not divide the vocabulary
+        ((2, 4, 1), 3, V, T),  # nor the rows
+        ((1, 2, 2, 1, 2), B, V, T),  # nor the positions
     ],
 )
-def test_equals_plain_indexing(shape: tuple[int, ...], rows: int, vocab: int) -> None:
+def test_equals_plain_indexing(
+    shape: tuple[int, ...], rows: int, vocab: int, positions: int
+) -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(vocab, D)).astype(np.float32)
-    tokens = rng.integers(0, vocab, (rows, T)).astype(np.int32)
-    scale = rng.normal(size=(rows, T, D)).astype(np.float32)
+    tokens = rng.integers(0, vocab, (rows, positions)).astype(np.int32)
+    scale = rng.normal(size=(*tokens.shape, D)).astype(np.float32)
     want = np.zeros((vocab, D))
     np.add.at(want, tokens, scale.astype(np.float64))
 

@@ -66,7 +66,10 @@ def expected(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-@pytest.mark.parametrize("shape", MESHES)
+CUT = (1, 2, 1, 1, 4)  # rows cut over context: 6 positions each, a segment's target on the next
+
+
+@pytest.mark.parametrize("shape", [*MESHES, CUT])
 def test_equals_the_float64_formula(case: dict[str, np.ndarray], shape: tuple[int, ...]) -> None:
     found = jax.jit(lambda c: run(c, mesh_of(*shape), entropy=True, correct=True))(case)
     for name, want in expected(case).items():
@@ -92,7 +95,7 @@ def full_logits_loss(h: jax.Array, w: jax.Array, case: dict[str, np.ndarray]) ->
 @pytest.mark.parametrize(
     ("shape", "columns"),
     # 46 columns are no multiple of 4 or 8: then the head is whole on every device of `tensor`
-    [((1, 1, 1), V), ((2, 4, 1), V), ((2, 2, 2), V), ((1, 1, 8), V), ((1, 1, 8), 46)],
+    [((1, 1, 1), V), ((2, 4, 1), V), ((2, 2, 2), V), ((1, 1, 8), V), ((1, 1, 8), 46), (CUT, V)],
 )
 def test_gradients_equal_those_of_full_logits(
     case: dict[str, np.ndarray], shape: tuple[int, ...], columns: int

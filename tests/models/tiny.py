@@ -33,9 +33,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 MESHES = [(1, 1, 1), (2, 4, 1), (1, 4, 2), (1, 1, 8)]
 
 
-def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    return make_mesh(cfg, jax.devices()[: data * fsdp * tensor])
+def mesh_of(
+    data: int, fsdp: int, tensor: int, expert: int = 1, context: int = 1
+) -> jax.sharding.Mesh:
+    cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, expert=expert, context=context)
+    return make_mesh(cfg, jax.devices()[: data * fsdp * tensor * expert * context])
 
 
 def write_config(folder: Path, name: str, **changes: Any) -> Path:
