@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test parity soak bench lint clean
+.PHONY: setup demo test parity soak bench docs lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev
@@ -26,6 +26,10 @@ soak: $(VENV)/.dev
 bench: $(VENV)/$(if $(PEERS),.parity,.dev)
 	BENCH_PEERS=$(PEERS) $(BIN)/python -m pytest -m bench --capture no
 
+# the pages that are written from docstrings
+docs: $(VENV)/.run
+	$(BIN)/python docs/losses.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,11 +46,11 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,qlora]'
 	touch $@ $(VENV)/.run
 
 # torch first and alone: where the index offers a CPU build of it, that one is taken
 $(VENV)/.parity: $(VENV)/.dev
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[dev,parity]'
+	$(PIP) --editable '.[dev,qlora,parity]'
 	touch $@

@@ -30,7 +30,10 @@ RANKS = {
 }
 # folder -> (its dict literals, files that only help the registered ones)
 REGISTRIES = {
-    "losses": (("LOSSES", "PAIR_LOSSES"), {"pairs"}),
+    "losses": (
+        ("LOSSES", "PAIR_LOSSES", "UNPAIRED_LOSSES", "REWARD_LOSSES"),
+        {"base", "pairs", "pair_loss", "unpaired", "mixture"},
+    ),
     "data/formats": (("FORMATS",), {"base"}),
     "doctor": (("CHECKS",), {"base"}),
 }

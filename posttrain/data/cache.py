@@ -27,7 +27,7 @@ VERSION = 3
 INDEX = "index.json"  # written last; a folder without it is not a cache
 REPORT = "report.json"
 ARRAYS = {"lengths": "i4", "trained": "i4", "source_ids": "i4", "file_ids": "i4", "lines": "i8"}
-ARRAYS |= {"margins": "f4"}
+ARRAYS |= {"margins": "f4", "labels": "i1"}
 SHARD_BYTES = 1 << 30
 _WRITE_OPTIONS = "group_size:1,snappy"  # zstd: half the size at four times the CPU time
 _READ_OPTIONS = "readahead_buffer_size:0"  # random access: what follows is not wanted
@@ -38,7 +38,8 @@ class Cache:
 
     lengths int32 [N] tokens; trained int32 [N] tokens with weight > 0; source_ids int32 [N], into
     source_names. sides: 1; 2 where examples 2p and 2p + 1 are the chosen and the rejected side of
-    pair p. content: a hash of every token and weight, in order.
+    pair p, or an answer and its mismatched twin. content: a hash of every token and weight, in
+    order.
     """
 
     def __init__(self, folder: Path, index: dict[str, Any], arrays: dict[str, np.ndarray]):
@@ -52,7 +53,7 @@ class Cache:
         self.source_ids = arrays["source_ids"]
         self._files: list[str] = index["files"]
         self._file_ids, self._lines = arrays["file_ids"], arrays["lines"]
-        self._margins = arrays["margins"]
+        self._margins, self._labels = arrays["margins"], arrays["labels"]
         self._shards: list[str] = [shard["name"] for shard in index["shards"]]
         self._starts = np.cumsum([0] + [shard["examples"] for shard in index["shards"]])
         self._readers: list[Any] = [None] * len(self._shards)
@@ -105,8 +106,8 @@ class Cache:
             positions = (wanted[places] - self._starts[shard]).tolist()
             for place, record in zip(places, self._reader(shard).read(positions), strict=True):
                 records[place] = record
-        margins = self._margins[wanted].tolist()
-        return [_decode(*made) for made in zip(records, margins, strict=True)]
+        margins, labels = self._margins[wanted].tolist(), self._labels[wanted].tolist()
+        return [_decode(*made) for made in zip(records, margins, labels, strict=True)]
 
     def place(self, i: int) -> str:
         """Where example i came from: file:line."""
@@ -133,12 +134,13 @@ class Cache:
             return self._readers[shard]
 
 
-def _decode(record: bytes, margin: float) -> Example:
+def _decode(record: bytes, margin: float, label: int) -> Example:
     half = len(record) // 2
     return Example(
         np.frombuffer(record, "<i4", count=half // 4),
         np.frombuffer(record, "<f4", offset=half),
         margin,
+        label,
     )
 
 
@@ -183,6 +185,7 @@ class CacheWriter:
         lengths: np.ndarray,
         lines: np.ndarray,
         margins: np.ndarray,
+        labels: np.ndarray,
         source_id: int,
         file: str,
     ) -> None:
@@ -208,6 +211,7 @@ class CacheWriter:
             "file_ids": np.full(n, file_id),
             "lines": lines,
             "margins": margins,
+            "labels": labels,
         }
         for name, values in new.items():
             self._parts[name].append(values.astype(ARRAYS[name]))

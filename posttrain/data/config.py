@@ -77,8 +77,14 @@ class DataConfig(Config):
     seq_len: int = semantic(1024, ge=8, help="most tokens of one example, and of one packed row")
     too_long: TooLong = semantic(
         "truncate_end",
-        help="an example over seq_len: truncate_end, truncate_start, split (not of pairs), drop "
-        "or error",
+        help="an example over seq_len: truncate_end, truncate_start, split (samples alone), "
+        "drop or error",
+    )
+    kl_block: int = semantic(
+        8,
+        ge=2,
+        help="of labelled answers, where the loss measures a KL (kto): rows that lend each other "
+        "their answers; each is also read with the answer of the row before it in its block",
     )
     on_bad_row: Literal["error", "skip"] = semantic(
         "error", help="rows that break the rules: error (all listed at once), or skip (counted)"

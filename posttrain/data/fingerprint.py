@@ -19,6 +19,7 @@ import posttrain
 from posttrain.chat.template import ChatTemplate
 from posttrain.data.config import DataConfig
 from posttrain.data.sources import digest, kind_of
+from posttrain.types import DataKind
 
 _CODE = ("chat", "data/formats", "data/normal.py", "data/rows.py", "data/fit.py")
 _CODE += ("data/tokenise.py", "data/sources.py", "data/cache.py")
@@ -27,7 +28,11 @@ _SETTLED = 2.0  # seconds after which a changed file must show another time of c
 
 
 def fingerprint(
-    cfg: DataConfig, chat: ChatTemplate, files: dict[str, list[str]], *, pairs: bool = False
+    cfg: DataConfig,
+    chat: ChatTemplate,
+    files: dict[str, list[str]],
+    *,
+    kind: DataKind = "samples",
 ) -> str:
     """32 hex digits. `files`: source name -> its files; digests are remembered in cache_dir."""
     memory = Path(cfg.cache_dir).expanduser() / "digests"
@@ -43,7 +48,8 @@ def fingerprint(
     ]
     parts = {
         "sources": sources,
-        "settings": [cfg.seq_len, cfg.too_long, cfg.on_bad_row, pairs],
+        "settings": [cfg.seq_len, cfg.too_long, cfg.on_bad_row, kind],
+        "twins": cfg.kl_block if kind == "twinned" else None,
         "chat": chat.fingerprint(),
         "code": _code(),
         "libraries": [version(name) for name in _LIBRARIES],

@@ -1,15 +1,15 @@
-"""What becomes of an example that is longer than seq_len."""
+"""What becomes of an example that is longer than seq_len, and the twin of one that needs one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from posttrain.chat.config import ChatConfig
 from posttrain.data.config import TooLong
-from posttrain.types import Conversation, Example, Message, Pair, Sample
+from posttrain.types import TWIN, Conversation, Example, Message, Pair, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,42 @@ def fit_pair(
         cut_tokens=sum(len(s.tokens) for s in sides) - sum(len(s.tokens) for s in short),
         cut_trained=sum(map(trained, sides)) - sum(map(trained, short)),
     )
+
+
+def with_twins(
+    rows: list[Example], lines: list[int], block: int, seq_len: int
+) -> tuple[list[Example], list[int], int]:
+    """Each row followed by its mismatched twin, their lines, and how many twins were cut.
+
+    Within each block of so many rows the twin has the answer of the row before it, the first one
+    that of the last: where a batch is such a block, its mismatched answers are its own. A last
+    block of one row joins the one before it.
+    """
+    edges = list(range(0, len(rows), block))
+    if len(edges) > 1 and len(rows) - edges[-1] == 1:
+        edges.pop()
+    kept: list[Example] = []
+    cut = 0
+    for start, end in zip(edges, [*edges[1:], len(rows)], strict=True):
+        for i in range(start, end):
+            twin = _mismatched(rows[i], rows[i - 1 if i > start else end - 1])
+            cut += len(twin.tokens) > seq_len
+            kept += [
+                rows[i],
+                replace(
+                    twin, tokens=twin.tokens[:seq_len], loss_weights=twin.loss_weights[:seq_len]
+                ),
+            ]
+    return kept, [line for line in lines for _ in "rt"], cut
+
+
+def _mismatched(row: Example, other: Example) -> Example:
+    """The prompt of one and the answer of the other: what comes before its first trained token, and
+    the rest."""
+    prompt, answer = (int(np.argmax(e.loss_weights > 0)) for e in (row, other))
+    weights = [np.zeros(prompt, np.float32), other.loss_weights[answer:]]
+    tokens = np.concatenate([row.tokens[:prompt], other.tokens[answer:]])
+    return Example(tokens, np.concatenate(weights), label=TWIN)
 
 
 def same(a: Example, b: Example) -> bool:

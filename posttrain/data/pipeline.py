@@ -59,6 +59,7 @@ def make_rows(
     weights = np.zeros(tokens.shape, np.float32)
     logps = None if reference is None else np.zeros(tokens.shape, np.float32)
     margins = np.zeros((len(tokens), layout.shape[-1]), np.float32)
+    labels = np.full(margins.shape, -1, np.int8)
     ids = layout[layout >= 0].tolist()
     read = iter(examples.read(ids))
     said = iter([] if reference is None else reference.read(ids))
@@ -76,7 +77,7 @@ def make_rows(
             weights[row, start + 1 : end] = example.loss_weights[1:]
             positions[row, start:end] = np.arange(end - start)
             segments[row, start:end] = segment
-            margins[row, segment - 1] = example.margin
+            margins[row, segment - 1], labels[row, segment - 1] = example.margin, example.label
             if logps is not None:
                 _scatter(next(said), weights[row, start:end] > 0, logps[row, start:end], i)
             start = end
@@ -90,6 +91,7 @@ def make_rows(
         pair_ids=pair_ids,
         chosen=None if pair_ids is None else (layout >= 0) & (layout % 2 == 0),
         reference_logps=None if logps is None else logps.reshape(shape),
+        labels=labels.reshape(layout.shape),
         margins=None if pair_ids is None else margins.reshape(layout.shape),
     )
 

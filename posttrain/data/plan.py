@@ -292,7 +292,7 @@ class Plan:
         if self.batch.rows is not None:
             raise ConfigError(
                 f"batch.rows is {self.batch.rows}: a step takes pairs, not rows, since both sides "
-                "of a pair are in it; set batch.examples to the pairs of a step instead"
+                "of a pair (or an answer and its twin) are in it; set batch.examples instead"
             )
         if len(bad := np.flatnonzero(self.index.trained == 0)):
             pair, side = divmod(int(bad[0]), 2)

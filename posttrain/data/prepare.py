@@ -20,6 +20,7 @@ from posttrain.data.rows import Defect
 from posttrain.data.sources import Block, find_files, read_blocks, size_of
 from posttrain.data.tokenise import TOO_LONG, Job, Result, Task
 from posttrain.data.workers import run_tasks, worker_count
+from posttrain.types import EXAMPLES_OF, DataKind
 
 _LISTED = 50  # bad rows that an error repeats
 _POLL = 0.5  # seconds between looks for another host's cache
@@ -51,17 +52,17 @@ def prepare(
     cfg: DataConfig,
     chat: ChatTemplate,
     *,
-    pairs: bool = False,
+    kind: DataKind = "samples",
     is_primary: bool = True,
     quiet: bool = False,
     section: str = "data.sources",
 ) -> Cache:
     """The cache of cfg's sources: opened where it exists, else made; the report is shown.
 
-    The sources hold samples to imitate, or `pairs` to prefer by. `section` is what errors call the
-    part of the config that the sources stand in.
+    The sources hold data of one kind. `section` is what errors call the part of the config that
+    they stand in.
     Where several hosts share cache_dir, one is primary and makes it; the others wait for it, up to
-    cfg.wait_minutes. Raises ConfigError for pairs to split, BadRows with all bad rows (unless
+    cfg.wait_minutes. Raises ConfigError for what cannot be split, BadRows with all bad rows (unless
     on_bad_row is skip), ValueError for sources that cannot be read, for data of which nothing is
     left, and when the wait is over.
     """
@@ -69,13 +70,13 @@ def prepare(
         raise ValueError(f"data.cache_dir: {cfg.cache_dir}: must be a local or mounted folder")
     if os.path.expanduser(cfg.cache_dir).startswith("~"):
         raise ValueError(f"data.cache_dir: {cfg.cache_dir}: this user has no home; name a folder")
-    refuse_split(cfg, pairs)
+    refuse_split(cfg, kind)
     files = files_of(cfg, section)
-    key = fingerprint(cfg, chat, files, pairs=pairs)
+    key = fingerprint(cfg, chat, files, kind=kind)
     folder = Path(cfg.cache_dir).expanduser() / key
     if not (folder / INDEX).exists():
         if is_primary:
-            return _make(cfg, chat, files, key, folder, pairs, quiet, section)
+            return _make(cfg, chat, files, key, folder, kind, quiet, section)
         _wait(folder, cfg.wait_minutes)
     cache = Cache.open(folder)
     if is_primary and not quiet:
@@ -89,17 +90,17 @@ def _make(
     files: dict[str, list[str]],
     key: str,
     folder: Path,
-    pairs: bool,
+    kind: DataKind,
     quiet: bool,
     section: str,
 ) -> Cache:
     names = list(cfg.sources)
     empty = {name: SourceReport() for name in names}
-    report = Report(key, cfg.seq_len, cfg.too_long, empty, pairs=pairs)
+    report = Report(key, cfg.seq_len, cfg.too_long, empty, kind=kind)
     report.warnings = chat.check()
     defects: list[Defect] = []
     began = time.monotonic()
-    with CacheWriter(folder, names, sides=2 if pairs else 1) as writer:
+    with CacheWriter(folder, names, sides=EXAMPLES_OF[kind]) as writer:
         results = run(cfg, chat, files, report, title="prepare", shown=not quiet, section=section)
         for result in results:
             defects += result.too_long
@@ -111,6 +112,7 @@ def _make(
                 result.lengths,
                 result.lines,
                 result.margins,
+                result.labels,
                 result.source_id,
                 result.file,
             )
@@ -119,7 +121,7 @@ def _make(
             raise BadRows(defects, report.total.rows)
         for name, source in report.sources.items():
             if source.examples == 0:
-                raise ValueError(_nothing_left(f"{section}.{name}", source, files[name], pairs))
+                raise ValueError(_nothing_left(f"{section}.{name}", source, files[name], kind))
         cache = writer.finish(key, report)
     if not quiet:
         report.show()
@@ -137,16 +139,17 @@ def run(
     section: str = "data.sources",
 ) -> Iterator[Result]:
     """Every block of every source, in order, tokenised (checked alone, where `chat` is None);
-    `report` is kept up to date (and says whether the sources hold pairs) and the progress shown."""
+    `report` is kept up to date (and says what kind of data they are) and the progress shown."""
     sizes = [size_of(files[name]) for name in cfg.sources]
     workers = worker_count(cfg.workers, sum(sizes))
     report.workers = workers
-    job = Job(tuple(cfg.sources.values()), chat, cfg.seq_len, cfg.too_long, report.pairs)
+    sources = tuple(cfg.sources.values())
+    job = Job(sources, chat, cfg.seq_len, cfg.too_long, report.kind, cfg.kl_block)
     names = list(cfg.sources)
     position = _Position()
     examples = tokens = 0
     with PrepareProgress(title, sum(sizes), shown=shown) as progress:
-        for result in run_tasks(job, _tasks(cfg, files, report.pairs, section), workers):
+        for result in run_tasks(job, _tasks(cfg, files, report.kind, section), workers):
             report.sources[names[result.source_id]].add(result.report)
             report.count_lengths(result.whole_lengths)
             examples += result.report.examples
@@ -168,12 +171,12 @@ class _Position:
         return self._before + self._read
 
 
-def refuse_split(cfg: DataConfig, pairs: bool) -> None:
-    """ConfigError where pairs are to be split."""
-    if pairs and cfg.too_long == "split":
+def refuse_split(cfg: DataConfig, kind: DataKind) -> None:
+    """ConfigError where answers that are judged are to be split."""
+    if kind != "samples" and cfg.too_long == "split":
+        whole = "a pair has two whole answers" if kind == "pairs" else "an answer is judged whole"
         raise ConfigError(
-            "data.too_long: split: a pair has two whole answers; use drop, error, truncate_end or "
-            "truncate_start"
+            f"data.too_long: split: {whole}; use drop, error, truncate_end or truncate_start"
         )
 
 
@@ -189,23 +192,23 @@ def files_of(cfg: DataConfig, section: str = "data.sources") -> dict[str, list[s
 
 
 def _tasks(
-    cfg: DataConfig, files: dict[str, list[str]], pairs: bool, section: str
+    cfg: DataConfig, files: dict[str, list[str]], kind: DataKind, section: str
 ) -> Iterator[Task]:
     for source_id, (name, source) in enumerate(cfg.sources.items()):
         found = None
         for block in read_blocks(source, files[name]):
-            found = found or _format_of(block, source, pairs, f"{section}.{name}")
+            found = found or _format_of(block, source, kind, f"{section}.{name}")
             yield Task(source_id, found, block)
 
 
-def _format_of(block: Block, source: SourceConfig, pairs: bool, key: str) -> str | None:
+def _format_of(block: Block, source: SourceConfig, kind: DataKind, key: str) -> str | None:
     """The format that the first row with a known shape has; None where no row can be read."""
     refusal: ValueError | None = None
     for row in block.rows():
         if not row.problems:
             try:
                 place = f"{key}: {row.file}:{row.line}"
-                return find_format(row.value, source, place, pairs=pairs)
+                return find_format(row.value, source, place, kind=kind)
             except ValueError as error:
                 refusal = refusal or error
     if refusal is not None:
@@ -213,11 +216,11 @@ def _format_of(block: Block, source: SourceConfig, pairs: bool, key: str) -> str
     return None
 
 
-def _nothing_left(key: str, source: SourceReport, files: list[str], pairs: bool) -> str:
+def _nothing_left(key: str, source: SourceReport, files: list[str], kind: DataKind) -> str:
     what = [f"{source.bad_rows} bad"] if source.bad_rows else []
     what += [f"{count} dropped: {reason}" for reason, count in source.dropped.items()]
     rows = f"{source.rows} rows" + (f" ({'; '.join(what)})" if what else "")
-    thing = "pair" if pairs else "example"
+    thing = "pair" if kind == "pairs" else "example"
     return f"{key}: no {thing} left of {rows} in {', '.join(files) or 'no file'}"
 
 

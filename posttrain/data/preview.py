@@ -23,10 +23,11 @@ from posttrain.chat.tokenizer import Tokenizer
 from posttrain.data.pipeline import make_rows
 from posttrain.data.plan import Plan
 from posttrain.data.rows import SIDES
-from posttrain.types import Example
+from posttrain.types import TWIN, Example
 
 REST = "\N{TWO DOT LEADER}"  # stands for the further tokens of a character that several make up
 LONGEST_CHARACTER = 8  # tokens tried for one character: UTF-8 has at most 4 bytes
+LABELS = {1: "desirable", 0: "undesirable", TWIN: "mismatched twin"}
 MARKS = {" ": "·", "\n": "↵\n", "\t": "⇥\t"}
 
 
@@ -58,7 +59,7 @@ class Segment:
     source: str
     place: str
     pieces: list[Piece]
-    side: str = ""  # of a pair: "pair 3, chosen"
+    side: str = ""  # of a pair: "pair 3, chosen"; of a labelled answer: "desirable"
 
     @property
     def trained(self) -> int:
@@ -119,6 +120,7 @@ def _read_row(
         pieces = to_pieces(tokenizer, *(array[where].tolist() for array in arrays))
         source = plan.index.source_names[batch.source_ids[s]]
         side = f"pair {example // 2}, {SIDES[example % 2]}" if plan.sides == 2 else ""
+        side = LABELS.get(int(batch.labels[s]), side)
         segments.append(Segment(s + 1, example, source, examples.place(example), pieces, side))
     return Row(step, a, b, segments, int((batch.segment_ids == 0).sum()))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from posttrain.types import DataKind
+
 # upper ends of the histogram's bins, as parts of seq_len; the last bin is open
 _BINS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 2, 4)
 
@@ -17,7 +19,8 @@ _BINS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 2, 4)
 class SourceReport:
     """Every row of a source ends in exactly one of: bad_rows, or examples / dropped. Of pairs, all
     but tokens are counted in pairs; prompts_differ: their shared prompt has become other tokens on
-    each side; pairs_in_row: both sides fit one row together."""
+    each side; pairs_in_row: both sides fit one row together. Of labelled answers: desirable, and
+    twins_cut, mismatched twins that lost the end of their answer."""
 
     rows: int = 0
     bad_rows: int = 0
@@ -31,6 +34,8 @@ class SourceReport:
     pieces: int = 0
     prompts_differ: int = 0
     pairs_in_row: int = 0
+    desirable: int = 0
+    twins_cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def cut(self, tokens: int, trained: int) -> None:
@@ -61,7 +66,7 @@ class Report:
     seconds: float = 0.0
     workers: int = 0
     histogram: list[int] = field(default_factory=lambda: [0] * (len(_BINS) + 1))
-    pairs: bool = False
+    kind: DataKind = "samples"
 
     @property
     def edges(self) -> list[int]:
@@ -104,7 +109,7 @@ class Report:
     def losses(self) -> list[str]:
         """One line for each way in which something of the data is not trained on as it lies."""
         lines = []
-        things = "pairs" if self.pairs else "examples"
+        things = "pairs" if self.kind == "pairs" else "examples"
         for name, source in self.sources.items():
             if source.bad_rows:
                 lines.append(f"{name}: {source.bad_rows:,} bad rows skipped")
@@ -123,6 +128,11 @@ class Report:
                 lines.append(
                     f"{name}: {source.prompts_differ:,} pairs whose prompt the template renders "
                     "differently on the two sides (by what follows it)"
+                )
+            if source.twins_cut:
+                lines.append(
+                    f"{name}: {source.twins_cut:,} mismatched twins over {self.seq_len:,} tokens "
+                    "cut (only their KL is measured)"
                 )
             lines += [
                 f"{name}: {count:,} dropped: {reason}" for reason, count in source.dropped.items()
@@ -147,7 +157,8 @@ class Report:
         table.add_column("source")
         columns = {
             "rows": [s.rows for s in entries.values()],
-            "pairs" if self.pairs else "examples": [s.examples for s in entries.values()],
+            "pairs" if self.kind == "pairs" else "examples": [s.examples for s in entries.values()],
+            "desirable": [s.desirable for s in entries.values()],
             "tokens": [s.tokens for s in entries.values()],
             "trained": [s.trained for s in entries.values()],
             "truncated": [s.truncated for s in entries.values()],
@@ -166,12 +177,12 @@ class Report:
             console.print(
                 f"trained {total.trained / total.tokens:.1%} of the tokens, "
                 f"{total.tokens / max(total.examples, 1):,.0f} tokens "
-                f"{'a pair' if self.pairs else 'an example'}; "
+                f"{'a pair' if self.kind == 'pairs' else 'an example'}; "
                 f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds:.1f} s, "
                 f"{self.workers} worker processes",
                 highlight=False,
             )
-        if self.pairs and total.examples:
+        if self.kind == "pairs" and total.examples:
             console.print(
                 f"{total.pairs_in_row / total.examples:.1%} of the pairs fit a row of "
                 f"{self.seq_len:,} with both sides",

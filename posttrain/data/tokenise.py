@@ -10,13 +10,22 @@ import numpy as np
 
 from posttrain.chat.template import ChatError, ChatTemplate
 from posttrain.data.config import SourceConfig, TooLong
-from posttrain.data.fit import fit, fit_pair, prompts_differ, same, trained
+from posttrain.data.fit import fit, fit_pair, prompts_differ, same, trained, with_twins
 from posttrain.data.formats import get_format
 from posttrain.data.formats.base import margin_of
 from posttrain.data.report import SourceReport
 from posttrain.data.rows import SIDES, Defect, RowError
 from posttrain.data.sources import Block
-from posttrain.types import Conversation, Example, Pair, Sample
+from posttrain.types import (
+    EXAMPLES_OF,
+    Conversation,
+    DataKind,
+    Example,
+    Labelled,
+    Pair,
+    Sample,
+    Text,
+)
 
 TOO_LONG = "over data.seq_len"
 """In the `found` of a row that is too long."""
@@ -44,6 +53,7 @@ class Result:
     lengths: np.ndarray  # int32 [n]
     lines: np.ndarray  # int64 [n]
     margins: np.ndarray  # float32 [n]
+    labels: np.ndarray  # int8 [n]
     whole_lengths: np.ndarray  # int32 [m], before anything was cut
     report: SourceReport
     defects: list[Defect] = field(default_factory=list)
@@ -52,13 +62,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """What is done to each block. `chat` None: rows are checked for their form alone."""
+    """What is done to each block. `chat` None: rows are checked for their form alone.
+
+    kl_block: of twinned data, the rows that lend each other their answers.
+    """
 
     sources: tuple[SourceConfig, ...]
     chat: ChatTemplate | None
     seq_len: int
     too_long: TooLong
-    pairs: bool = False
+    kind: DataKind = "samples"
+    kl_block: int = 8
 
     def run(self, task: Task) -> Result:
         """Raises ValueError where the config, not a row, is at fault."""
@@ -66,7 +80,7 @@ class Job:
         done = _Done(block.file)
         lines: list[int] = []
         samples: list[Sample] = []  # of pairs: chosen, rejected, chosen ...
-        margins: list[float] = []
+        said: list[Any] = []  # of pairs: the margin; of labelled answers: the label
         for row in block.rows():
             done.report.rows += 1
             problems = row.problems
@@ -75,7 +89,10 @@ class Job:
                     made = self._convert(task, row.value)
                     if isinstance(made, Pair):
                         samples += [made.chosen, made.rejected]
-                        margins.append(made.margin)
+                        said.append(made.margin)
+                    elif isinstance(made, Labelled):
+                        samples.append(made.sample)
+                        said.append(made.label)
                     else:
                         samples.append(made)
                     lines.append(row.line)
@@ -88,14 +105,23 @@ class Job:
                 done.bad(Defect(row.file, row.line, p.field, p.found, p.fix) for p in problems)
         if self.chat is not None:
             examples = self._examples(samples)
-            if self.pairs:
+            if self.kind == "pairs":
                 for k, line in enumerate(lines):
-                    both = slice(2 * k, 2 * k + 2)
-                    self._keep_pair(done, line, Pair(*samples[both], margins[k]), examples[both])
-            else:
+                    pair = Pair(samples[2 * k], samples[2 * k + 1], said[k])
+                    self._keep_pair(done, line, pair, examples[2 * k : 2 * k + 2])
+            elif self.kind == "samples":
                 for line, made in zip(lines, examples, strict=True):
                     self._keep(done, line, made)
-        return done.result(task.source_id, block.read, 2 if self.pairs else 1)
+            else:
+                for line, made, label in zip(lines, examples, said, strict=True):
+                    self._keep_labelled(done, line, made, label)
+        if self.kind == "twinned" and len(done.kept) == 1:
+            done.drop_all("alone in its block of rows: no other answer to make a twin of")
+        elif self.kind == "twinned":
+            done.kept, done.lines, done.report.twins_cut = with_twins(
+                done.kept, done.lines, self.kl_block, self.seq_len
+            )
+        return done.result(task.source_id, block.read, EXAMPLES_OF[self.kind])
 
     def _keep(self, done: _Done, line: int, made: list[Example] | ValueError) -> None:
         """The examples of one row, as far as they are kept."""
@@ -110,6 +136,18 @@ class Job:
                 done.bad([], [self._over(done.file, line, example)])
             else:
                 done.keep(line, self._fit(example, done.report))
+
+    def _keep_labelled(
+        self, done: _Done, line: int, made: list[Example] | ValueError, label: bool
+    ) -> None:
+        """The example of one judged answer."""
+        if not isinstance(made, ValueError) and len(made) > 1:
+            done.bad([_several(done.file, line, len(made))])
+            return
+        before = len(done.kept)
+        self._keep(done, line, made)
+        done.kept[before:] = [replace(e, label=int(label)) for e in done.kept[before:]]
+        done.report.desirable += int(label) * (len(done.kept) - before)
 
     def _keep_pair(
         self, done: _Done, line: int, pair: Pair, made: list[list[Example] | ValueError]
@@ -132,9 +170,7 @@ class Job:
         for examples, name in zip(made, SIDES, strict=True):
             assert not isinstance(examples, ValueError), "refused above"
             if len(examples) > 1:
-                found = f"the template makes {len(examples)} examples of it (one for each thought)"
-                fix = "a side must be one example: chat.train_on: last, or remove the row"
-                defects.append(Defect(done.file, line, name, found, fix))
+                defects.append(_several(done.file, line, len(examples), name))
                 continue
             sides += examples
             done.whole.append(len(examples[0].tokens))
@@ -176,17 +212,19 @@ class Job:
                     made[i] = error
         return made
 
-    def _convert(self, task: Task, value: Any) -> Sample | Pair:
+    def _convert(self, task: Task, value: Any) -> Sample | Pair | Labelled:
         assert task.format is not None, "a block with a readable row has a format"
         source = self.sources[task.source_id]
         made = get_format(task.format).convert(value, source)
-        if isinstance(made, Pair) != self.pairs:
-            wanted = "a Pair" if self.pairs else "a Conversation or a Text"
-            raise TypeError(f"made a {type(made).__name__} where {wanted} is wanted")
+        wanted = {"samples": (Conversation, Text), "pairs": Pair}.get(self.kind, Labelled)
+        if not isinstance(made, wanted):
+            names = {"samples": "Conversation or a Text", "pairs": "Pair"}
+            want = names.get(self.kind, "Labelled")
+            raise TypeError(f"made a {type(made).__name__} where a {want} is wanted")
         return replace(made, margin=margin_of(value, source)) if isinstance(made, Pair) else made
 
     def _over(self, file: str, line: int, example: Example, field: str = "row") -> Defect:
-        ways = "shorten or drop it" if self.pairs else "shorten, split or drop it"
+        ways = "shorten, split or drop it" if self.kind == "samples" else "shorten or drop it"
         found = f"{len(example.tokens):,} tokens, {TOO_LONG} ({self.seq_len:,})"
         return Defect(file, line, field, found, f"raise data.seq_len, or let data.too_long {ways}")
 
@@ -229,6 +267,11 @@ class _Done:
         self.kept += examples
         self.lines += [line] * len(examples)
 
+    def drop_all(self, reason: str) -> None:
+        self.report.dropped[reason] += len(self.kept)
+        self.report.desirable = 0
+        self.kept, self.lines = [], []
+
     def result(self, source_id: int, read: int, sides: int) -> Result:
         kept, report = self.kept, self.report
         weights = np.concatenate([e.loss_weights for e in kept] or [np.zeros(0, np.float32)])
@@ -244,11 +287,18 @@ class _Done:
             lengths=np.array([len(e.tokens) for e in kept], np.int32),
             lines=np.array(self.lines, np.int64),
             margins=np.array([e.margin for e in kept], np.float32),
+            labels=np.array([e.label for e in kept], np.int8),
             whole_lengths=np.array(self.whole, np.int32),
             report=report,
             defects=self.defects,
             too_long=self.too_long,
         )
+
+
+def _several(file: str, line: int, examples: int, field: str = "row") -> Defect:
+    found = f"the template makes {examples} examples of it (one for each thought)"
+    fix = "an answer must be one example: chat.train_on: last, or remove the row"
+    return Defect(file, line, field, found, fix)
 
 
 def _untrained(file: str, line: int, field: str = "row") -> Defect:

@@ -1,8 +1,9 @@
 """Training data before it is trained on: tokenised, looked at, or checked line by line.
 
-A config of the sft or the preference job will do as it is (of the latter, the sources are read as
-pairs): the sections model, chat, data and batch are read. Nothing here needs a device, or weights:
-of the model, only tokenizer and template.
+A config of the sft, preference or reward_model job will do as it is (but for the first, the sources
+are read as pairs; kind=twinned reads what the preference loss kto takes, kind=labelled what the
+other losses on labelled answers do): the sections model, chat, data and batch are read. Nothing
+here needs a device, or weights: of the model, only tokenizer and template.
 
     posttrain data check configs/sft/qwen3_gsm8k.yaml data.sources.gsm8k.path=train.jsonl
 """
@@ -18,13 +19,14 @@ from posttrain.config import runtime, semantic
 from posttrain.data.config import DataConfig
 from posttrain.data.plan import BatchConfig
 from posttrain.models.spec import ModelConfig
+from posttrain.types import DataKind
 
 ACTIONS = {
     "prepare": "tokenise every source once into the cache, with a report",
     "preview": "show rows as they are trained on, in colour, and as an HTML page",
     "check": "list every bad line with field, what was found and what to do; exit code 1 if any",
 }
-ACCEPTS = {"sft": {}, "preference": {"pairs": True}}
+ACCEPTS = {"sft": {}, "preference": {"kind": "pairs"}, "reward_model": {"kind": "pairs"}}
 _TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
 
@@ -44,7 +46,11 @@ class Config(Section):
     model: ModelConfig = semantic(help="the model whose tokenizer and template are used")
     chat: ChatConfig = semantic(ChatConfig(), help="how conversations become tokens")
     data: DataConfig = semantic(help="the sources")
-    pairs: bool = semantic(False, help="the sources hold preference pairs, not samples to imitate")
+    kind: DataKind = semantic(
+        "samples",
+        help="what the sources hold: samples to imitate, preference pairs, labelled answers, or "
+        "these with mismatched twins",
+    )
     batch: BatchConfig = semantic(BatchConfig(rows=8), help="how rows are packed (preview)")
     preview: PreviewConfig = runtime(PreviewConfig(), help="what preview shows")
 
@@ -83,7 +89,7 @@ def _tokenizer_folder(path: str) -> Path:
 def _prepare(cfg: Config, chat: Any) -> int:
     from posttrain.data.prepare import prepare
 
-    print(prepare(cfg.data, chat, pairs=cfg.pairs).folder)
+    print(prepare(cfg.data, chat, kind=cfg.kind).folder)
     return 0
 
 
@@ -92,7 +98,7 @@ def _preview(cfg: Config, chat: Any) -> int:
     from posttrain.data.prepare import prepare
     from posttrain.data.preview import preview
 
-    cache = prepare(cfg.data, chat, pairs=cfg.pairs)
+    cache = prepare(cfg.data, chat, kind=cfg.kind)
     data = cfg.data
     plan = Plan(
         cache, cfg.batch, seq_len=data.seq_len, seed=cfg.seed, epochs=1, sources=data.sources
@@ -105,7 +111,7 @@ def _preview(cfg: Config, chat: Any) -> int:
 def _check(cfg: Config, chat: Any) -> int:
     from posttrain.data.check import check
 
-    checked = check(cfg.data, chat, pairs=cfg.pairs, quiet=False)
+    checked = check(cfg.data, chat, kind=cfg.kind, quiet=False)
     for defect in checked.defects:
         print(defect)
     if rendered := next((d.rendered for d in checked.defects if d.rendered), ""):

@@ -1,8 +1,10 @@
-"""Preference optimisation: a tuned model and pairs of answers -> a model that prefers the chosen.
+"""Preference optimisation: a tuned model and judged answers -> a model that prefers the better.
 
-Prepares the pairs (once: there is a cache), computes what the reference says of them (once, too:
-the parameters that training starts from, frozen), plans every batch, trains, evaluates on
-held-out pairs, keeps checkpoints, and at the end writes <run_dir>/export, a Hugging Face folder.
+Answers come in pairs, or labelled good or bad one by one: the loss decides (docs/losses.md).
+Prepares them (once: there is a cache), computes what the reference says of them (once, too: the
+parameters that training starts from, frozen; not where the loss needs none), plans every batch,
+trains, evaluates on held-out data of the same kind, keeps checkpoints, and at the end writes
+<run_dir>/export, a Hugging Face folder.
 Start it again and it goes on where it was, the reference's pass included. It leaves out rewards
 that answers are sampled for, and adapters: those are other jobs.
     posttrain preference configs/preference/hh_rlhf.yaml model.path=MODEL run_dir=runs/first
@@ -19,8 +21,9 @@ from posttrain.config import Config as Section
 from posttrain.config import runtime, semantic, variant
 from posttrain.data.config import DataConfig
 from posttrain.data.plan import BatchConfig
-from posttrain.losses import PAIR_LOSSES
+from posttrain.losses.base import PreferenceLoss
 from posttrain.losses.dpo import DPO
+from posttrain.losses.mixture import PREFERENCE_LOSSES
 from posttrain.metrics import LogConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.optim import OptimConfig
@@ -35,12 +38,12 @@ class Config(Section):
     run_dir: RunDir = runtime(
         Path("runs/preference"), help="the run's folder: checkpoints, metrics, export"
     )
-    seed: int = semantic(0, ge=0, help="of the order of pairs")
+    seed: int = semantic(0, ge=0, help="of the order of the data")
     model: ModelConfig = semantic(help="what is trained; as it is before, it is the reference")
     chat: ChatConfig = semantic(ChatConfig(), help="how conversations become tokens")
-    data: DataConfig = semantic(help="the pairs it is trained on")
-    batch: BatchConfig = semantic(help="what one optimiser step holds; examples are pairs")
-    loss: Annotated[Section, variant(PAIR_LOSSES, "dpo")] = semantic(
+    data: DataConfig = semantic(help="the pairs, or labelled answers, it is trained on")
+    batch: BatchConfig = semantic(help="what one optimiser step holds; a pair is an example")
+    loss: Annotated[PreferenceLoss, variant(PREFERENCE_LOSSES, "dpo")] = semantic(
         DPO(), help="what is minimised"
     )
     reference: Literal["cached", "live"] = runtime(
@@ -50,7 +53,7 @@ class Config(Section):
     )
     optim: OptimConfig = semantic(OptimConfig(), help="how")
     train: TrainConfig = semantic(TrainConfig(), help="how long")
-    eval: EvalConfig = runtime(EvalConfig(), help="held-out sets of pairs")
+    eval: EvalConfig = runtime(EvalConfig(), help="held-out sets")
     mesh: MeshConfig = runtime(MeshConfig(), help="how devices are laid out")
     distributed: DistributedConfig = runtime(DistributedConfig(), help="how processes meet")
     checkpoint: CheckpointConfig = semantic(CheckpointConfig(), help="saving and resuming")
@@ -62,4 +65,4 @@ def run(cfg: Config) -> int:
     """Exit code: 0 done, 75 told to stop and saved. Raises ValueError on what the user can mend."""
     from posttrain.train import setup  # flax, orbax and grain load here, not for --help
 
-    return setup.run(cfg, pairs=True, reference=cfg.reference)
+    return setup.run(cfg, kind=cfg.loss.data, reference=cfg.reference)

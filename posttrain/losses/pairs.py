@@ -26,6 +26,20 @@ def segment_sums(values: Float[Array, "B T"], batch: Batch) -> Float[Array, "B S
     return jnp.where(inside_BTS, values.astype(jnp.float32)[:, :, None], 0.0).sum(1)
 
 
+def to_tokens(values: Float[Array, "B S"], batch: Batch) -> Float[Array, "B T"]:
+    """Each token's value of its segment; padding has the first segment's."""
+    return jnp.take_along_axis(values, jnp.maximum(batch.segment_ids - 1, 0), axis=1)
+
+
+def positions_in_answer(
+    trained: Float[Array, "B T"], tokens: Float[Array, "B S"], batch: Batch
+) -> Float[Array, "B T"]:
+    """Of trained tokens: the how manyth of their segment they are, from 1. tokens: how many each
+    segment has. Segments lie in a row in the order of their numbers."""
+    before_BS = jnp.cumsum(tokens, 1) - tokens
+    return jnp.cumsum(trained, 1) - to_tokens(before_BS, batch)
+
+
 @dataclass(frozen=True)
 class Sides:
     """Which segments are the pairs of a micro-batch.
@@ -43,6 +57,14 @@ class Sides:
         Where there is no pair: some segments' values, for a weight of 0.
         """
         return constrain(values, (None, None)).reshape(-1)[self.segments]
+
+    def back(self, values: Float[Array, " P"], batch: Batch) -> Float[Array, "B S"]:
+        """Each pair's value at both of its segments, 0 at what is no segment."""
+        shape = batch.pair_ids.shape
+        flat = jnp.zeros(shape[0] * shape[1], values.dtype)
+        values = jnp.where(self.real, values, 0)
+        both = flat.at[self.segments].set(jnp.stack([values, values], 1), unique_indices=True)
+        return constrain(both.reshape(shape), ("batch", None))
 
 
 def find_sides(batch: Batch) -> Sides:

@@ -21,16 +21,17 @@ from posttrain.train.starting import restored
 from posttrain.train.state import abstract
 from posttrain.train.step import Forward, eval_step_fn
 from posttrain.train.trainable import trained_rule
+from posttrain.types import DataKind
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A run's config, its devices and its model. pairs: its data are preference pairs."""
+    """A run's config, its devices and its model. kind: what its data are."""
 
     cfg: Any
     mesh: jax.sharding.Mesh
     model: Model
-    pairs: bool
+    kind: DataKind
 
     def plan(self, cache: Cache, data: DataConfig, batch: BatchConfig, **length: Any) -> Plan:
         """`length`: epochs= or steps=."""
@@ -67,7 +68,7 @@ class Parts:
 
     def prepare(self, data: DataConfig, section: str) -> Cache:
         return prepare(
-            data, self.model.chat, pairs=self.pairs, is_primary=is_primary(), section=section
+            data, self.model.chat, kind=self.kind, is_primary=is_primary(), section=section
         )
 
     @functools.cached_property

@@ -1,6 +1,6 @@
 """Puts an offline run together: processes, mesh, data, model, reference, compiled steps; runs it.
 
-What jobs differ in is said to `run`: whether examples come in pairs, and what the reference is.
+What jobs differ in is said to `run`: what kind of data they take, and what the reference is.
 """
 
 from __future__ import annotations
@@ -34,26 +34,29 @@ from posttrain.train.starting import keep_frozen
 from posttrain.train.state import TrainState, abstract, new_state
 from posttrain.train.step import train_step_fn
 from posttrain.train.trainable import describe
+from posttrain.types import DataKind
 
 
 def run(
     cfg: Any,
     devices: Sequence[Any] | None = None,
     *,
-    pairs: bool = False,
+    kind: DataKind = "samples",
     reference: ReferenceMode | None = None,
 ) -> int:
     """A whole run of an offline job, on all devices or those given; its exit code.
 
-    cfg: the Config of posttrain.jobs.sft or of posttrain.jobs.preference. pairs: its data are
-    preference pairs. reference: where the log-probs of the parameters that training starts from
+    cfg: the Config of posttrain.jobs.sft or of posttrain.jobs.preference. kind: what its data are.
+    reference: where the log-probs of the parameters that training starts from
     come from, of which the loss may make use; None: there are none.
     """
     with loop.stops_at_once():
-        return _run(cfg, devices, pairs, reference)
+        return _run(cfg, devices, kind, reference)
 
 
-def _run(cfg: Any, devices: Sequence[Any] | None, pairs: bool, mode: ReferenceMode | None) -> int:
+def _run(
+    cfg: Any, devices: Sequence[Any] | None, kind: DataKind, mode: ReferenceMode | None
+) -> int:
     began = time.monotonic()
     sharding.init_distributed(cfg.distributed)
     use_compile_cache()
@@ -62,7 +65,7 @@ def _run(cfg: Any, devices: Sequence[Any] | None, pairs: bool, mode: ReferenceMo
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         if cfg.checkpoint.init_from and not resuming:  # asked before anything slow is done
             checkpoint.find_checkpoint(cfg.checkpoint.init_from)
-        parts = Parts(cfg, mesh, open_model(cfg, mesh), pairs)
+        parts = Parts(cfg, mesh, open_model(cfg, mesh), kind)
         parts.split(parts.model.params)  # refuses patterns that name nothing before data are read
         _refuse_long_rows(cfg.data.seq_len, parts.model)
         cache = parts.prepare(cfg.data, "data.sources")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,18 @@ from posttrain.models.head import token_outputs
 from posttrain.models.nested import join
 from posttrain.optim import Schedule
 from posttrain.train.state import TrainState
-from posttrain.types import Batch, Mean, Terms, TokenOutputs
+from posttrain.types import Batch, Mean, Statistic, Terms, TokenOutputs
+
+
+@runtime_checkable
+class Coupled(Protocol):
+    """A loss whose terms depend on a statistic of all examples of the step.
+
+    `statistic` makes one micro-batch's part of it; parts are added up, and the sum, without a
+    gradient, is the third argument of the loss.
+    """
+
+    def statistic(self, outputs: TokenOutputs, batch: Batch, /) -> Statistic: ...
 
 
 @dataclass(frozen=True)
@@ -34,24 +45,53 @@ class Forward:
     """
 
     graphdef: Any
-    loss: Any  # one of losses.LOSSES or losses.PAIR_LOSSES
+    loss: Any  # one of the registries in losses
     mesh: jax.sharding.Mesh
     budget: int
     head_chunk: int
     sources: int
 
-    def __call__(self, params: Any, micro: Batch, reference: Any = None) -> tuple[Mean, Metrics]:
+    def __call__(
+        self, params: Any, micro: Batch, reference: Any = None, statistic: Statistic | None = None
+    ) -> tuple[Mean, Metrics]:
         """(loss, metrics) of one micro-batch [B, T].
 
         `reference`: the parameters of a live reference, whose log-probabilities take the place of
-        micro.reference_logps where the loss needs them.
+        micro.reference_logps where the loss needs them. `statistic`: of a Coupled loss, the whole
+        step's; None where the step has this one micro-batch.
         """
-        if reference is not None and "reference_logps" in self.loss.needs:
-            said = self.outputs(jax.lax.stop_gradient(reference), micro)
-            micro = dataclasses.replace(micro, reference_logps=said.logps)
-        terms: Terms = self.loss(self.outputs(params, micro, self.loss.needs), micro)
+        micro = self._referenced(micro, reference)
+        outputs = self.outputs(params, micro, self.loss.needs)
+        terms: Terms
+        if isinstance(self.loss, Coupled):
+            statistic = self.loss.statistic(outputs, micro) if statistic is None else statistic
+            terms = self.loss(outputs, micro, jax.lax.stop_gradient(statistic))
+        else:
+            terms = self.loss(outputs, micro)
         loss = Mean((terms.values * terms.weights).sum(), terms.weights.sum())
         return loss, {**terms.metrics, "loss": loss, "loss_by_source": self._by_source(terms)}
+
+    def statistic(self, params: Any, batch: Batch, reference: Any) -> Statistic | None:
+        """What a Coupled loss has to know of a step of several micro-batches: a pass over them all.
+
+        None for other losses, and where there is one micro-batch, whose outputs serve for both.
+        """
+        loss = self.loss
+        if not isinstance(loss, Coupled) or batch.tokens.shape[0] == 1:
+            return None
+
+        def part(micro: Batch) -> Statistic:
+            micro = self._referenced(micro, reference)
+            return loss.statistic(self.outputs(params, micro, loss.needs), micro)
+
+        return _sum_over_micro_batches(part, batch)
+
+    def _referenced(self, micro: Batch, reference: Any) -> Batch:
+        """The micro-batch with what a live reference says, where the loss needs it."""
+        if reference is None or "reference_logps" not in self.loss.needs:
+            return micro
+        said = self.outputs(jax.lax.stop_gradient(reference), micro)
+        return dataclasses.replace(micro, reference_logps=said.logps)
 
     def outputs(
         self, params: Any, micro: Batch, needs: frozenset[str] = frozenset()
@@ -71,6 +111,7 @@ class Forward:
             chunk=self.head_chunk,
             entropy="entropy" in needs,
             correct="correct" in needs,
+            log_sum_sq="log_sum_sq" in needs,
         )
 
     def _by_source(self, terms: Terms) -> Mean:
@@ -104,9 +145,9 @@ def train_step_fn(
     layout = jax.tree.map(lambda x: x.sharding, state)
 
     def total(
-        params: Any, micro: Batch, reference: Any, frozen: Any
+        params: Any, micro: Batch, reference: Any, frozen: Any, statistic: Any
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, metrics = forward(join(params, frozen), micro, reference)
+        loss, metrics = forward(join(params, frozen), micro, reference, statistic)
         return loss.total, (loss.count, metrics)
 
     def micro_grads(params: Any, micro: Batch, *others: Any) -> tuple[Any, jax.Array, Metrics]:
@@ -118,8 +159,9 @@ def train_step_fn(
     def step(
         state: TrainState, batch: Batch, reference: Any = None, frozen: Any = None
     ) -> tuple[TrainState, Metrics]:
+        statistic = forward.statistic(join(state.params, frozen), batch, reference)
         grads, count, metrics = _sum_over_micro_batches(
-            lambda micro: micro_grads(state.params, micro, reference, frozen), batch
+            lambda micro: micro_grads(state.params, micro, reference, frozen, statistic), batch
         )
         grads = jax.tree.map(lambda g: g / count, grads)
         norm = optax.tree.norm(grads)
@@ -141,7 +183,10 @@ def eval_step_fn(forward: Forward) -> Callable[..., Metrics]:
     """Jitted (params, batch, reference=None) -> metrics as Means, to be added over batches."""
 
     def step(params: Any, batch: Batch, reference: Any = None) -> Metrics:
-        return _sum_over_micro_batches(lambda micro: forward(params, micro, reference)[1], batch)
+        statistic = forward.statistic(params, batch, reference)
+        return _sum_over_micro_batches(
+            lambda micro: forward(params, micro, reference, statistic)[1], batch
+        )
 
     return jax.jit(step, out_shardings=sharding.replicated(forward.mesh))
 

@@ -42,6 +42,7 @@ def fill(writer, made, file="f.jsonl", source=0, first=1):
         np.array([len(e.tokens) for e in made], np.int32),
         np.arange(first, first + len(made)),
         np.array([e.margin for e in made], np.float32),
+        np.array([e.label for e in made], np.int8),
         source,
         file,
     )

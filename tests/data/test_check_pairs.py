@@ -280,7 +280,7 @@ def config(files):
 
 @pytest.fixture(scope="module")
 def checked(files):
-    return check(config(files), FakeChat(), pairs=True)
+    return check(config(files), FakeChat(), kind="pairs")
 
 
 def place(files, k):
@@ -307,7 +307,7 @@ def test_good_rows_have_no_defect(checked, files):
 
 
 def test_without_a_template_the_form_alone_is_checked(checked, files):
-    form = check(config(files), None, pairs=True).defects
+    form = check(config(files), None, kind="pairs").defects
     missing = {(d.file, d.line) for d in checked.defects} - {(d.file, d.line) for d in form}
     last = range(len(DEFECTS) - SEEN_IN_TOKENS, len(DEFECTS))
     assert missing == {place(files, k) for k in last}

@@ -26,7 +26,7 @@ def made(tmp_path, rows, changes=None, **source):
     """The cache of these rows, prepared as pairs."""
     source = {"one": {"path": write(tmp_path / "one.jsonl", rows), **source}}
     cfg = config(tmp_path, sources=source, **(changes or {}))
-    return prepare(cfg, FakeChat(), pairs=True, quiet=True)
+    return prepare(cfg, FakeChat(), kind="pairs", quiet=True)
 
 
 def margins(cache):
@@ -75,7 +75,7 @@ def test_what_is_no_number_is_told_with_its_line_and_what_to_do(tmp_path):
         with pytest.raises(BadRows):
             prepare(
                 config(tmp_path, sources={"one": {"path": str(tmp_path / "one.jsonl")}}),
-                FakeChat(), pairs=True, quiet=True,
+                FakeChat(), kind="pairs", quiet=True,
             )  # fmt: skip
 
 

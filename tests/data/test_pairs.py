@@ -33,7 +33,7 @@ RESULT = {"role": "tool", "content": "4"}
 
 def convert(row, **config):
     cfg = SourceConfig(path="x.jsonl", **config)
-    return get_format(find_format(row, cfg, "x.jsonl:1", pairs=True)).convert(row, cfg)
+    return get_format(find_format(row, cfg, "x.jsonl:1", kind="pairs")).convert(row, cfg)
 
 
 def pair(*prompt):
@@ -55,7 +55,7 @@ def rated(*scores, key="overall_score", **more):
 
 def test_every_format_of_pairs_is_in_this_file():
     ours = {preference.FORMAT, hh.FORMAT, llama_factory.FORMAT, ultrafeedback.FORMAT}
-    assert {known for known in FORMATS.values() if known.pairs} == ours
+    assert {known for known in FORMATS.values() if known.kind == "pairs"} == ours
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_every_format_of_pairs_is_in_this_file():
     ],
 )
 def test_a_row_is_recognised_and_becomes_a_pair(form, row, made):
-    assert find_format(row, SourceConfig(path="x"), "f:1", pairs=True) == form
+    assert find_format(row, SourceConfig(path="x"), "f:1", kind="pairs") == form
     assert convert({**row, "id": 7}) == made
 
 
@@ -247,21 +247,21 @@ def test_each_job_takes_its_own_kind_and_says_where_the_other_goes():
         with pytest.raises(ValueError, match=r"f:1: preference pairs.*`posttrain preference`"):
             find_format(row, cfg, "f:1")
     with pytest.raises(ValueError, match=r"f:1: samples to imitate.*`posttrain sft`"):
-        find_format(sample, cfg, "f:1", pairs=True)
+        find_format(sample, cfg, "f:1", kind="pairs")
     with pytest.raises(
         ValueError, match=r"columns \(question, good\).*fields: \{user: question, chosen"
     ):
-        find_format({"question": "a", "good": "b"}, cfg, "f:1", pairs=True)
+        find_format({"question": "a", "good": "b"}, cfg, "f:1", kind="pairs")
     with pytest.raises(ValueError, match=r"answers without what they answer.*{user: question"):
-        find_format({"chosen": "a", "rejected": "b"}, cfg, "f:1", pairs=True)
+        find_format({"chosen": "a", "rejected": "b"}, cfg, "f:1", kind="pairs")
     with pytest.raises(ValueError, match=r"format: messages makes samples.*preference, hh"):
-        find_format(pairs, SourceConfig(path="f", format="messages"), "f:1", pairs=True)
+        find_format(pairs, SourceConfig(path="f", format="messages"), "f:1", kind="pairs")
     with pytest.raises(ValueError, match=r"format: hh makes pairs.*messages, sharegpt"):
         find_format(pairs, SourceConfig(path="f", format="hh"), "f:1")
     as_sample = SourceConfig(path="f", fields={"messages": "chosen"})
     assert find_format(pairs, as_sample, "f:1") == "fields"
     with pytest.raises(ValueError, match=r"fields: {messages} makes samples"):
-        find_format(pairs, as_sample, "f:1", pairs=True)
+        find_format(pairs, as_sample, "f:1", kind="pairs")
     as_pair = SourceConfig(path="f", fields={"chosen": "chosen", "rejected": "rejected"})
     with pytest.raises(ValueError, match=r"fields: {chosen, rejected} makes pairs"):
         find_format(pairs, as_pair, "f:1")
@@ -281,7 +281,7 @@ def test_real_files_convert_whole(data_dir, file, form, rows, bad):
     seen, empty = 0, {}
     for row in read_rows(cfg):
         seen += 1
-        assert find_format(row.value, cfg, "here", pairs=True) == form
+        assert find_format(row.value, cfg, "here", kind="pairs") == form
         try:
             made = get_format(form).convert(row.value, cfg)
         except RowError as error:

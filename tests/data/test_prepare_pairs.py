@@ -37,7 +37,7 @@ def pair(question, good, bad):
 def made(tmp_path, rows, chat=None, **changes):
     source = {"one": {"path": write(tmp_path / "one.jsonl", rows)}}
     cfg = config(tmp_path, sources=source, **changes)
-    return prepare(cfg, chat or FakeChat(), pairs=True, quiet=True)
+    return prepare(cfg, chat or FakeChat(), kind="pairs", quiet=True)
 
 
 def texts(cache):
@@ -54,7 +54,7 @@ def test_sides_lie_side_by_side_in_the_order_of_the_data(tmp_path):
     assert texts(cache) == [f"{side} {i}" for i in range(300) for side in ("good", "bad")]
     assert [cache.place(i).split(":")[1] for i in range(4)] == ["1", "1", "2", "2"]
     report = cache.report
-    assert report.pairs
+    assert report.kind == "pairs"
     assert report.total.examples == 300
     assert report.total.tokens == cache.lengths.sum()
     assert sum(report.histogram) == 600
@@ -92,13 +92,13 @@ def test_pairs_and_samples_of_one_file_are_two_caches(tmp_path):
     file = write(tmp_path / "one.jsonl", [{"q": "q", "chosen": "4", "rejected": "5"}])
     fields = {"user": "q", "chosen": "chosen", "rejected": "rejected"}
     cfg = config(tmp_path, sources={"one": {"path": file, "fields": fields}})
-    both = prepare(cfg, FakeChat(), pairs=True, quiet=True)
+    both = prepare(cfg, FakeChat(), kind="pairs", quiet=True)
     fields = {"user": "q", "assistant": "chosen"}
     cfg = config(tmp_path, sources={"one": {"path": file, "fields": fields}})
     alone = prepare(cfg, FakeChat(), quiet=True)
     assert (both.sides, len(both), alone.sides, len(alone)) == (2, 2, 1, 1)
     with pytest.raises(ValueError, match=r"data.sources.one: .*fields: \{user, assistant\} makes"):
-        prepare(cfg, FakeChat(), pairs=True, quiet=True)
+        prepare(cfg, FakeChat(), kind="pairs", quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_real_pairs_share_their_prompt_token_for_token(
 ):
     source = {"real": {"path": str(data_dir / "data" / files)}}
     cfg = config(tmp_path, sources=source, on_bad_row="skip", seq_len=8192, too_long="error")
-    cache = prepare(cfg, chat_of(), pairs=True, quiet=True)
+    cache = prepare(cfg, chat_of(), kind="pairs", quiet=True)
     report = cache.report.total
     assert (report.bad_rows, report.examples, len(cache)) == (bad, pairs, 2 * pairs)
     assert (report.prompts_differ, report.dropped) == (0, {})

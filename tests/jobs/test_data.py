@@ -136,7 +136,7 @@ def test_a_config_of_preference_has_pairs(write_config, tmp_path, capsys):
         assert name in said
         assert name in (tmp_path / "page.html").read_text()
     assert "pair 2" not in said, "it is in the second step"
-    assert cli.main(["data", "check", *words, "pairs=false"]) == 1
+    assert cli.main(["data", "check", *words, "kind=samples"]) == 1
     assert "`posttrain preference`" in capsys.readouterr().err
     assert cli.main(["data", "check", write_config([GOOD], "preference")]) == 1
     assert "`posttrain sft`" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,62 +12,16 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from posttrain.losses.aot import AOT
 from posttrain.losses.dpo import DPO
 from posttrain.losses.pairs import find_sides, segment_sums
 from posttrain.sharding import batch_sharding
-from posttrain.types import Batch, Mean, Terms, TokenOutputs
+from posttrain.types import Batch, Mean, TokenOutputs
+from tests.losses.batches import PAIRS, B, S, T, make, mean, of_sums
 from tests.models import hlo
 from tests.models.tiny import mesh_of
 
-B, T, S = 8, 24, 5
-PAIRS = 9
 LOSSES = [DPO(), DPO(beta=0.5, label_smoothing=0.2), DPO(beta=0.03, nll_weight=0.7)]
-
-
-def mean(terms: Terms) -> float:
-    return Mean((terms.values * terms.weights).sum(), terms.weights.sum()).value
-
-
-def make(seed: int = 0) -> tuple[Batch, TokenOutputs]:
-    """PAIRS pairs whose 2 * PAIRS sides lie anywhere in [B, S], with gaps between the numbers of
-    segments in use, rows without any, and tokens that are context."""
-    rng = np.random.default_rng(seed)
-    segments = np.zeros((B, T), np.int32)
-    pair_ids, sources = (np.full((B, S), -1, np.int32) for _ in "ps")
-    chosen = np.zeros((B, S), bool)
-    places = [(b, s) for b in range(B - 1) for s in range(3)]  # row B - 1 stays empty
-    rng.shuffle(places)
-    for pair in range(PAIRS):
-        for side in (True, False):
-            b, s = places.pop()
-            pair_ids[b, s], chosen[b, s], sources[b, s] = pair, side, pair % 3
-    for b in range(B):
-        start = 0
-        for s in range(S):
-            if pair_ids[b, s] >= 0:
-                length = int(rng.integers(3, 9))
-                segments[b, start : start + length] = s + 1
-                start += length
-    weights = (rng.random((B, T)) < 0.7) & (segments > 0)
-    for b in range(B):
-        for s in range(S):
-            inside = np.flatnonzero(segments[b] == s + 1)
-            weights[b, inside[:1]], weights[b, inside[1:2]] = False, True
-    zeros = np.zeros((B, T), np.int32)
-    on = lambda low, high: np.where(weights, rng.uniform(low, high, (B, T)), 0).astype(np.float32)  # noqa: E731
-    batch = Batch(
-        tokens=zeros,
-        positions=zeros,
-        segment_ids=segments,
-        loss_weights=weights.astype(np.float32),
-        example_ids=np.where(pair_ids >= 0, 2 * pair_ids + ~chosen, -1),
-        source_ids=sources,
-        pair_ids=pair_ids,
-        chosen=chosen,
-        reference_logps=on(-4, 0),
-    )
-    outputs = TokenOutputs(on(-4, 0), on(0, 3), (on(0, 1) > 0.5).astype(np.float32))
-    return jax.tree.map(jnp.asarray, (batch, outputs))
 
 
 def by_formula(loss: DPO, batch: Batch, logps: np.ndarray) -> dict[str, np.ndarray]:
@@ -99,20 +54,8 @@ def test_published_figures() -> None:
     """torchtune's test of DPO: three pairs, given as sums; here each side is one trained token."""
     policy = np.array([[-0.5, -0.1], [-10, -30], [-1, -21]], np.float32)
     reference = np.array([[-0.5, -0.1], [-10.1, -20.1], [-0.1, -0.1]], np.float32)
-    both = lambda x: jnp.asarray(np.stack([np.zeros_like(x), x], -1).reshape(3, 4))  # noqa: E731
-    ids = jnp.arange(6).reshape(3, 2)
-    batch = Batch(
-        tokens=jnp.zeros((3, 4), int),
-        positions=jnp.tile(jnp.array([0, 1]), (3, 2)),
-        segment_ids=jnp.tile(jnp.array([1, 1, 2, 2]), (3, 1)),
-        loss_weights=both(np.ones_like(policy)),
-        example_ids=ids,
-        source_ids=jnp.zeros_like(ids),
-        pair_ids=ids // 2,
-        chosen=ids % 2 == 0,
-        reference_logps=both(reference),
-    )
-    terms = DPO()(TokenOutputs(both(policy), both(policy), both(policy)), batch)
+    batch, outputs = of_sums(policy, reference)
+    terms = DPO()(outputs, batch)
     np.testing.assert_allclose(terms.values, [0.6931, 0.3133, 0.1269], atol=5e-5)
     assert terms.weights.tolist() == [1, 1, 1]
 
@@ -215,14 +158,17 @@ def test_a_micro_batch_without_pairs_adds_nothing() -> None:
     assert not segment_sums(outputs.logps, batch).any()
 
 
-def test_joining_pairs_moves_segments_over_the_mesh_and_no_tokens() -> None:
+@pytest.mark.parametrize(
+    "loss", [DPO(nll_weight=0.1), DPO(ld_alpha=0.3, use_weighting=True), AOT()], ids=str
+)
+def test_joining_pairs_moves_segments_over_the_mesh_and_no_tokens(loss: Any) -> None:
     mesh = mesh_of(2, 4, 1)
     batch, outputs = make()
     layout = batch_sharding(mesh).spec
     rows = jax.NamedSharding(mesh, jax.P(*layout[1:]))
 
     def total(logps: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, Mean]]:
-        terms = DPO(nll_weight=0.1)(dataclasses.replace(outputs, logps=logps), batch)
+        terms = loss(dataclasses.replace(outputs, logps=logps), batch)
         return (terms.values * terms.weights).sum(), terms.metrics
 
     def grads(logps: jax.Array, batch: Batch) -> tuple:
@@ -233,7 +179,7 @@ def test_joining_pairs_moves_segments_over_the_mesh_and_no_tokens() -> None:
     with jax.set_mesh(mesh):
         compiled = jax.jit(grads).lower(logps, moved).compile()
         value, metrics, grad = compiled(logps, moved)
-    found = hlo.collectives(compiled.as_text())
+    found = hlo.collectives(compiled.as_text() or "")
     assert any(c.op == "all-gather" for c in found)
     for collective in found:
         shapes = re.findall(r"\w+\[([\d,]*)\]", collective.line.split(f" {collective.op}")[0])
@@ -249,4 +195,4 @@ def test_joining_pairs_moves_segments_over_the_mesh_and_no_tokens() -> None:
 @pytest.mark.parametrize("wrong", [{"beta": 0}, {"label_smoothing": 0.5}, {"nll_weight": -1}])
 def test_settings_without_a_meaning_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
-        DPO(**wrong)
+        DPO.model_validate(wrong)

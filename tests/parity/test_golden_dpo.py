@@ -37,7 +37,7 @@ def examples(golden_pairs: list[str], tmp_path_factory: pytest.TempPathFactory) 
     cfg = config.load(preference.Config, [], keys)
     tokenizer = Tokenizer.load(Path(cfg.model.path))
     chat = ChatTemplate.load(Path(cfg.model.path), tokenizer, cfg.chat)
-    cache = prepare(cfg.data, chat, pairs=True, quiet=True)
+    cache = prepare(cfg.data, chat, kind="pairs", quiet=True)
     return cache.read(range(len(cache)))
 
 

@@ -82,7 +82,8 @@ def step(
         plan = Plan(data, BatchConfig(**settings), seq_len=SEQ_LEN, seed=0, epochs=1,
                     batch_shards=shards)  # fmt: skip
         forward = Forward(model.graph, loss, mesh, plan.head_budget(), head_chunk=64, sources=2)
-        reference = None if live or data.sides == 1 else FakeReference(data)
+        needed = "reference_logps" in loss.needs
+        reference = FakeReference(data) if needed and not live else None
         source = OfflineSource(data, plan, mesh, reference=reference)
         given = source.next()
         source.close()

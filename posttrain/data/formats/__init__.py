@@ -1,8 +1,9 @@
-"""The registry of formats: how a row of a file becomes a Conversation, a Text or a Pair of them.
+"""The registry of formats: how a row of a file becomes a Conversation or a Text, a Pair of them, or
+one that is Labelled.
 
 A format is one file with a FORMAT in it and one line here. `pkg.module:NAME` names one outside the
-tree. `auto` takes the one format of the job's kind (samples, pairs) that recognises the first
-readable row.
+tree. `auto` takes the one format of the job's kind (samples, pairs, labelled answers) that
+recognises the first readable row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from posttrain.data.config import SourceConfig
 from posttrain.data.formats.alpaca import FORMAT as ALPACA
 from posttrain.data.formats.base import Format
 from posttrain.data.formats.fields import FORMAT as FIELDS
+from posttrain.data.formats.fields import kind_of
 from posttrain.data.formats.hh import FORMAT as HH
+from posttrain.data.formats.labelled import FORMAT as LABELLED
 from posttrain.data.formats.llama_factory import FORMAT as LLAMA_FACTORY
 from posttrain.data.formats.messages import FORMAT as MESSAGES
 from posttrain.data.formats.preference import FORMAT as PREFERENCE
@@ -23,6 +26,7 @@ from posttrain.data.formats.prompt_completion import FORMAT as PROMPT_COMPLETION
 from posttrain.data.formats.sharegpt import FORMAT as SHAREGPT
 from posttrain.data.formats.text import FORMAT as TEXT
 from posttrain.data.formats.ultrafeedback import FORMAT as ULTRAFEEDBACK
+from posttrain.types import DataKind
 
 FORMATS: dict[str, Format] = {
     "messages": MESSAGES,
@@ -35,6 +39,7 @@ FORMATS: dict[str, Format] = {
     "hh": HH,
     "llama_factory": LLAMA_FACTORY,
     "ultrafeedback": ULTRAFEEDBACK,
+    "labelled": LABELLED,
 }
 
 PLAIN_FIELDS = "user: question, assistant: answer"
@@ -58,12 +63,13 @@ def get_format(name: str) -> Format:
     raise ValueError(f"unknown format {name!r}: use auto, {', '.join(FORMATS)} or pkg.module:NAME")
 
 
-def find_format(row: Any, cfg: SourceConfig, place: str, *, pairs: bool = False) -> str:
+def find_format(row: Any, cfg: SourceConfig, place: str, *, kind: DataKind = "samples") -> str:
     """The name of the format of a source, from its config or (auto) from one of its rows.
 
-    `pairs`: formats of pairs are asked for, not of samples. `place` (file:line) stands in the
-    error. ValueError: no format, or several, recognise the row, or its data are of the other kind.
+    Formats of this kind are asked for. `place` (file:line) stands in the error. ValueError: no
+    format, or several, recognise the row, or its data are of another kind.
     """
+    wanted = "labelled" if kind == "twinned" else kind
     if cfg.format != "auto":
         named = get_format(cfg.format)
         if cfg.fields and cfg.format != "fields":
@@ -71,22 +77,23 @@ def find_format(row: Any, cfg: SourceConfig, place: str, *, pairs: bool = False)
                 f"{place}: format: {cfg.format} with fields: only the format `fields` reads them; "
                 "remove one of the two"
             )
-        if named.pairs is not None and named.pairs != pairs:
-            raise ValueError(f"{place}: format: {cfg.format} {_other_kind(pairs)}")
+        if named.kind not in (None, wanted):
+            raise ValueError(f"{place}: format: {cfg.format} {_other_kind(wanted, named.kind)}")
     if cfg.fields or cfg.format == "fields":
-        if ({"chosen", "rejected"} <= cfg.fields.keys()) != pairs:
-            raise ValueError(f"{place}: fields: {{{', '.join(cfg.fields)}}} {_other_kind(pairs)}")
+        if (made := kind_of(cfg)) != wanted:
+            fields = ", ".join(cfg.fields)
+            raise ValueError(f"{place}: fields: {{{fields}}} {_other_kind(wanted, made)}")
         return "fields"
     if cfg.format != "auto":
         return cfg.format
     columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
     kinds = {
-        kind: [name for name, known in FORMATS.items() if known.pairs is kind and known.detect(row)]
-        for kind in (False, True)
+        made: [name for name, known in FORMATS.items() if known.kind == made and known.detect(row)]
+        for made in _JOBS
     }
-    if not pairs:
-        _refuse_judged(row, bool(kinds[True]), columns, place)
-    found = kinds[pairs]
+    if wanted == "samples":
+        _refuse_judged(row, bool(kinds["pairs"]), columns, place)
+    found = kinds[wanted]
     if len(found) == 1:
         return found[0]
     if found:
@@ -94,38 +101,57 @@ def find_format(row: Any, cfg: SourceConfig, place: str, *, pairs: bool = False)
             f"{place}: the columns ({columns}) fit {' and '.join(found)}: "
             f"name one with format: {found[0]}"
         )
-    if pairs and isinstance(row, Mapping) and {"chosen", "rejected"} <= row.keys():
+    both = isinstance(row, Mapping) and {"chosen", "rejected"} <= row.keys()
+    if wanted == "pairs" and both:
         raise ValueError(
             f"{place}: answers without what they answer (columns: {columns}): name its column, as "
             "in fields: {user: question, chosen: chosen, rejected: rejected}, or give both sides "
             "as lists of messages"
         )
-    if pairs and kinds[False]:
+    other = next((made for made in ("pairs", "labelled", "samples") if kinds[made]), None)
+    if wanted != "samples" and other is not None:
         raise ValueError(
-            f"{place}: samples to imitate (columns: {columns}), not pairs: `posttrain sft` trains "
-            "on them; a pair has the columns chosen and rejected, or fields that name them"
+            f"{place}: {_SAID[other]} (columns: {columns}), not {_SHORT[wanted]}: "
+            f"{_JOBS[other]} trains on them; {_HAVE[wanted]}, or fields that name them"
         )
-    example = "user: question, chosen: good, rejected: bad" if pairs else PLAIN_FIELDS
     raise ValueError(
         f"{place}: no format recognises the columns ({columns}): map them, for example "
-        f"fields: {{{example}}}, or name a format: {', '.join(_names(pairs))}"
+        f"fields: {{{_EXAMPLES[wanted]}}}, or name a format: {', '.join(_names(wanted))}"
     )
 
 
-def _names(pairs: bool) -> list[str]:
-    return [name for name, known in FORMATS.items() if known.pairs in (pairs, None)]
+_JOBS = {
+    "samples": "`posttrain sft`",
+    "pairs": "`posttrain preference`",
+    "labelled": "`posttrain preference loss.type=kto`",
+}
+_SAID = {
+    "samples": "samples to imitate",
+    "pairs": "pairs to prefer by",
+    "labelled": "answers labelled good or bad",
+}
+_SHORT = {"samples": "samples", "pairs": "pairs", "labelled": "labelled answers"}
+_HAVE = {
+    "pairs": "a pair has the columns chosen and rejected",
+    "labelled": "a labelled answer has the column label, true or false",
+}
+_EXAMPLES = {
+    "samples": PLAIN_FIELDS,
+    "pairs": "user: question, chosen: good, rejected: bad",
+    "labelled": f"{PLAIN_FIELDS}, label: liked",
+}
 
 
-def _other_kind(pairs: bool) -> str:
-    names = ", ".join(_names(pairs))
-    if pairs:
-        return (
-            "makes samples to imitate, not pairs: `posttrain sft` trains on them; for pairs use "
-            f"auto or one of {names} (of fields: chosen and rejected)"
-        )
+def _names(kind: str) -> list[str]:
+    return [name for name, known in FORMATS.items() if known.kind in (kind, None)]
+
+
+def _other_kind(wanted: str, made: str | None) -> str:
+    parts = {"pairs": " (of fields: chosen and rejected)", "labelled": " (of fields: label)"}
     return (
-        "makes pairs to prefer by, not samples: `posttrain preference` trains on them; for "
-        f"samples use auto or one of {names}"
+        f"makes {_SAID[made or wanted]}, not {_SHORT[wanted]}: {_JOBS[made or wanted]} trains on "
+        f"them; for {_SHORT[wanted]} use auto or one of {', '.join(_names(wanted))}"
+        f"{parts.get(wanted, '')}"
     )
 
 
@@ -140,5 +166,6 @@ def _refuse_judged(row: Any, is_pair: bool, columns: str, place: str) -> None:
     if isinstance(row, Mapping) and isinstance(row.get("label"), bool):
         raise ValueError(
             f"{place}: answers labelled good or bad (columns: {columns}), not a format to imitate: "
-            "leave the bad rows out, then name the format, as in format: messages"
+            f"{_JOBS['labelled']} trains on them; to imitate the good ones, leave the bad rows out "
+            "and name the format, as in format: messages"
         )

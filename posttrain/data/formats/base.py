@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.data.config import SourceConfig
 from posttrain.data.normal import did_you_mean
 from posttrain.data.rows import Problem, RowError, show, wrong_type
-from posttrain.types import Pair, Sample
+from posttrain.types import Labelled, Pair, Sample
 
 
 @dataclass(frozen=True)
 class Format:
     """`detect` never raises and may be handed anything; `convert` raises RowError.
 
-    pairs: it makes Pairs to prefer by, not samples to imitate; None: the source's `fields` say.
+    kind: what it makes: samples to imitate, Pairs or Labelled answers; None: the source's `fields`
+    say.
     """
 
     detect: Callable[[Any], bool]
-    convert: Callable[[Any, SourceConfig], Sample | Pair]
-    pairs: bool | None = False
+    convert: Callable[[Any, SourceConfig], Sample | Pair | Labelled]
+    kind: Literal["samples", "pairs", "labelled"] | None = "samples"
 
 
 @dataclass(frozen=True)

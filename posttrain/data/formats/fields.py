@@ -4,7 +4,9 @@ The parts are system, user, reasoning, assistant (a conversation of one turn); t
 completion; or messages and tools (in OpenAI's or ShareGPT's shape, under other names). Of pairs:
 chosen and rejected, with user (a text), with prompt (in any shape of the format `preference`; texts
 are templated where system or tools are named too) or alone (lists or transcripts that begin with
-the prompt); system and tools beside them. A value is a column, a dotted path into one
+the prompt); system and tools beside them. Of labelled answers: label (true or false) beside the
+parts of a sample, of which the last message is what is judged. A value is a column, a dotted path
+into one
 (`data.question`, `answers.0`), or a text with columns in braces
 (`"{question}\\nAnswer in one word."`).
 """
@@ -16,10 +18,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.config import SourceConfig
-from posttrain.data.formats import hh, messages, preference, prompt_completion, sharegpt
+from posttrain.data.formats import (
+    hh,
+    labelled,
+    messages,
+    preference,
+    prompt_completion,
+    sharegpt,
+)
 from posttrain.data.formats.base import Format
 from posttrain.data.rows import SIDES, Problem, RowError, text_problem, wrong_type
-from posttrain.types import Conversation, Pair, Sample, Text
+from posttrain.types import Conversation, Labelled, Pair, Sample, Text
 
 TURN = ("system", "user", "reasoning", "assistant")
 # each set of parts that makes a sample: the parts it must have, the parts it may have
@@ -39,13 +48,19 @@ def detect(row: Any) -> bool:
     return False  # only the config can ask for it
 
 
-def convert(row: Any, cfg: SourceConfig) -> Sample | Pair:
-    parts = set(cfg.fields)
+def kind_of(cfg: SourceConfig) -> str:
+    """What the config's fields make: samples, pairs or labelled."""
+    parts = cfg.fields.keys()
+    return "labelled" if "label" in parts else "pairs" if {*SIDES} <= parts else "samples"
+
+
+def convert(row: Any, cfg: SourceConfig) -> Sample | Pair | Labelled:
+    parts = set(cfg.fields) - {"label"}
     if not any(needed <= parts <= allowed for needed, allowed in SHAPES):
         raise ValueError(
             f"fields: {{{', '.join(sorted(parts))}}} makes no sample: name user and assistant "
             "(system, reasoning beside them), text, prompt and completion, messages (tools), or "
-            "for pairs user, chosen and rejected (system, tools)"
+            "for pairs user, chosen and rejected (system, tools); label beside a sample's"
         )
     if not isinstance(row, Mapping):
         raise RowError([wrong_type("row", row, "an object")])
@@ -53,6 +68,24 @@ def convert(row: Any, cfg: SourceConfig) -> Sample | Pair:
     values = {part: _value(row, path, problems) for part, path in cfg.fields.items()}
     if problems:
         raise RowError(problems)
+    if kind_of(cfg) == "labelled":
+        return _labelled(values, cfg)
+    return _unlabelled(values, cfg)
+
+
+def _labelled(values: dict[str, Any], cfg: SourceConfig) -> Labelled:
+    label = values.pop("label")
+    if not isinstance(label, bool):
+        wanted = "true (desirable) or false"
+        raise RowError([wrong_type(cfg.fields["label"], label, wanted)])
+    sample = _unlabelled(values, cfg)
+    if isinstance(sample, Pair):
+        raise ValueError("fields: a label beside chosen and rejected: remove one of the two")
+    judged = sample if "completion" in values else labelled.last_answer(sample)
+    return Labelled(judged, label)
+
+
+def _unlabelled(values: Mapping[str, Any], cfg: SourceConfig) -> Sample | Pair:
     if "text" in values:
         if problem := text_problem(values["text"], cfg.fields["text"]):
             raise RowError([problem])
@@ -134,4 +167,4 @@ def _column(row: Mapping[str, Any], path: str, problems: list[Problem]) -> Any:
     return value
 
 
-FORMAT = Format(detect, convert, pairs=None)
+FORMAT = Format(detect, convert, kind=None)

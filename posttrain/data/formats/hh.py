@@ -69,4 +69,4 @@ def pair(
     return shared(chosen, rejected, row, names, cfg)
 
 
-FORMAT = Format(detect, convert, pairs=True)
+FORMAT = Format(detect, convert, kind="pairs")

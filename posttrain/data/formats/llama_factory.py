@@ -63,4 +63,4 @@ def _alpaca(row: Any, cfg: SourceConfig) -> Pair:
     return join(prompt, chosen, rejected, beside, ("instruction", *SIDES), cfg)
 
 
-FORMAT = Format(detect, convert, pairs=True)
+FORMAT = Format(detect, convert, kind="pairs")

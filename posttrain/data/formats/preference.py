@@ -142,7 +142,7 @@ def join(
         problems[Problem(names[2], found, "remove the row")] = None
     if problems:
         raise RowError(problems)
-    return Pair(*sides)
+    return Pair(sides[0], sides[1])
 
 
 def _texts(prompt: Any, chosen: Any, rejected: Any, row: Any, names: Names) -> Pair:
@@ -221,4 +221,4 @@ def _role(message: Any) -> str:
     return role if isinstance(role, str) else ""
 
 
-FORMAT = Format(detect, convert, pairs=True)
+FORMAT = Format(detect, convert, kind="pairs")

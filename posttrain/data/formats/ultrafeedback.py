@@ -85,4 +85,4 @@ def _scores(completions: Sequence[Mapping[str, Any]]) -> list[float]:
     return scores
 
 
-FORMAT = Format(detect, convert, pairs=True)
+FORMAT = Format(detect, convert, kind="pairs")

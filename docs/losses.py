@@ -1,0 +1,84 @@
+"""Writes what docs/losses.md says of each loss, from its docstring and fields: `make docs`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from posttrain.config import Config
+from posttrain.losses import PAIR_LOSSES, UNPAIRED_LOSSES
+from posttrain.losses.mixture import Mixture
+from posttrain.losses.pair_loss import MarginLoss, PairLoss, ReferenceLoss
+from posttrain.losses.unpaired import UnpairedLoss
+
+PAGE = Path(__file__).with_suffix(".md")
+
+BEGIN = "<!-- Written by `make docs` from the docstrings in posttrain/losses: change those. -->"
+END = "<!-- /Written -->"
+
+
+def text_of(cls: type[Config]) -> str:
+    """The docstring as Markdown: indented formulas are code, Source and When paragraphs."""
+    text = inspect.getdoc(cls) or ""
+    text = re.sub(r"^(Source|When):", r"\n**\1:**", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def fields_of(cls: type[Config]) -> list[str]:
+    """The fields that the class itself declares."""
+    return [name for name in cls.model_fields if name in cls.__annotations__]
+
+
+def settings_of(cls: type[Config], shared: set[str]) -> str:
+    """A line for each field of its own, and the names and defaults of what is shared."""
+    own = fields_of(cls)
+    lines = [f"- `{x}` ({default_of(cls, x)}): {cls.model_fields[x].description}" for x in own]
+    others = [x for x in cls.model_fields if x in shared and x not in own]
+    if others:
+        said = ", ".join(f"`{name}` {default_of(cls, name)}" for name in others)
+        lines.append(f"- shared: {said}")
+    return "\n".join(["", *lines, ""])
+
+
+def default_of(cls: type[Config], name: str) -> str:
+    field = cls.model_fields[name]
+    if field.is_required():
+        return "required"
+    return "none" if field.default is None else str(field.default).lower()
+
+
+def row_of(name: str, cls: type[PairLoss] | type[UnpairedLoss]) -> str:
+    made = cls()
+    needs = "yes" if "reference_logps" in made.needs else "no"
+    data = {"twinned": "labelled, with mismatched twins"}.get(made.data, made.data)
+    coupled = made.coupled or "its own"
+    first = (inspect.getdoc(cls) or "").split("\n")[0]
+    return f"| [`{name}`](#{name}) | {first} | {data} | {needs} | {coupled} |"
+
+
+def page(before: str) -> str:
+    """docs/losses.md, of which `before` is any version: what stands between the marks is new."""
+    losses: dict[str, type[PairLoss] | type[UnpairedLoss]] = {**PAIR_LOSSES, **UNPAIRED_LOSSES}
+    parts = ["| `loss.type` | | data | reference | a term depends on |", "|---|---|---|---|---|"]
+    parts += [row_of(name, cls) for name, cls in losses.items()]
+    whole = (inspect.getdoc(Mixture) or "").split("\n")[0]
+    parts += [f"| [`mixture`](#mixture) | {whole} | pairs | as its parts | as its parts |", ""]
+    bases = {
+        "All losses on pairs": PairLoss,
+        "Those with a reference": ReferenceLoss,
+        "Those of the margin between the two answers": MarginLoss,
+        "Those on labelled answers": UnpairedLoss,
+    }
+    shared = {name for base in bases.values() for name in fields_of(base)}
+    for name, cls in {**losses, "mixture": Mixture}.items():
+        parts += [f"## {name}\n", text_of(cls), settings_of(cls, shared)]
+    parts.append("## Settings that several losses share\n")
+    for title, base in bases.items():
+        parts += [f"### {title}\n", text_of(base), settings_of(base, set())]
+    head, rest = before.split(BEGIN)
+    return "\n".join([f"{head}{BEGIN}\n", *parts, f"{END}{rest.split(END)[1]}"])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
