@@ -122,6 +122,9 @@ class Channel:
         return [word if i == self.process else self.hear(name, i) for i in others]
 
 
+_GRACE = 10.0  # seconds in which an interrupted check may clean up
+
+
 @dataclass(frozen=True)
 class Result:
     """What a check found on one process."""
@@ -160,7 +163,11 @@ def examine(name: str, check: Check, on: Subject, seconds: float) -> tuple[Resul
 
     thread = threading.Thread(target=run, name=f"doctor {name}", daemon=True)
     thread.start()
-    thread.join(seconds)
+    try:
+        thread.join(seconds)
+    except KeyboardInterrupt:
+        thread.join(_GRACE)  # it removes what it wrote
+        raise
     hangs = thread.is_alive()
     kept = list(found)
     if hangs:

@@ -60,7 +60,7 @@ def _probe(salt: int) -> Any:
             x = jnp.tanh(x @ weights[i]) + jax.nn.softmax(x) * salt
         return x.sum()
 
-    loss.__name__ = _PROGRAM
+    loss.__name__ = f"{_PROGRAM}_{salt}"
     return jax.jit(jax.grad(loss)).lower(jnp.ones((2, 32, 32)), jnp.ones((16, 32)))
 
 
@@ -76,7 +76,7 @@ def twice(salt: int, folder: str | None) -> tuple[float, float, list[str], str]:
                 lowered.compile()
                 seconds.append(time.perf_counter() - began)
         finally:
-            _forget(folder)
+            _forget(folder, salt)
     for warning in said:
         if "compilation cache" in str(warning.message):
             refusal = str(warning.message).splitlines()[0]
@@ -112,8 +112,9 @@ def _events() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_listener(listen)
 
 
-def _forget(folder: str | None) -> None:
-    """The probe's own entries are of no use to anybody; a bucket's are left to its rules."""
+def _forget(folder: str | None, salt: int) -> None:
+    """The probe's own entries are of no use to anybody; a bucket's are left to its rules. Those of
+    another doctor at work in the same folder are left to it."""
     if folder and "://" not in folder and Path(folder).is_dir():
-        for path in Path(folder).glob(f"jit_{_PROGRAM}-*"):
+        for path in Path(folder).glob(f"jit_{_PROGRAM}_{salt}-*"):
             path.unlink(missing_ok=True)

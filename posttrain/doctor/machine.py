@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from posttrain.sharding import make_mesh
 
 _SYSTEM = Path("/")  # where /sys, /dev and /proc lie
 _LITTLE_RAM = 2 << 30
+_MEMORY = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # control groups of version 1
+)
+_NVIDIA, _DISPLAYS = "0x10de", ("0x0300", "0x0302")  # PCI vendor, and classes of its cards
 _GOOGLE = "0x1ae0"  # PCI vendor, and its devices that are TPUs
 _TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 
@@ -45,23 +52,45 @@ def host(on: Subject) -> Findings:
 
 
 def _cpu_quota() -> float | None:
-    """Cores that the control group grants; None without a limit."""
+    """Cores that the control groups grant; None without a limit."""
+    granted = []
+    for group in _groups("cpu"):
+        with suppress(OSError, ValueError):  # not there, or without a limit ("max")
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            granted.append(quota / period)
+        with suppress(OSError, ValueError):  # version 1, where -1 is without a limit
+            quota = int((group / "cpu.cfs_quota_us").read_text())
+            period = int((group / "cpu.cfs_period_us").read_text())
+            granted += [quota / period] if quota > 0 else []
+    return min(granted, default=None)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """The folders of the control groups that bind this process: its own and those above it, of
+    version 2, and of the controller's where it is version 1."""
+    root = _SYSTEM / "sys/fs/cgroup"
     try:
-        quota, period = (_SYSTEM / "sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
+        lines = (_SYSTEM / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines or ["0::/"]:
+        number, controllers, inner = line.split(":", 2)
+        if number == "0" or controller in controllers.split(","):
+            own = Path(inner.strip("/"))
+            top = root if number == "0" else root / controller
+            # inside a container the own one may lie at the top, whatever its name
+            yield from (top / group for group in (own, *own.parents))
 
 
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    try:
-        limit = int((_SYSTEM / "sys/fs/cgroup/memory.max").read_text())
-        used = int((_SYSTEM / "sys/fs/cgroup/memory.current").read_text())
-        total, free = min(total, limit), min(free, limit - used)
-    except (OSError, ValueError):
-        pass  # no control group, or one without a limit ("max")
+    for group in _groups("memory"):
+        for bound, usage in _MEMORY:
+            with suppress(OSError, ValueError):  # not there, or without a limit ("max")
+                limit = int((group / bound).read_text())
+                used = int((group / usage).read_text()) - _cached(group)
+                total, free = min(total, limit), max(0, min(free, limit - used))
     little = free < _LITTLE_RAM
     return Finding(
         "memory",
@@ -72,6 +101,15 @@ def _memory() -> Finding:
         else "",
         {"memory_bytes": total, "memory_free_bytes": free},
     )
+
+
+def _cached(group: Path) -> int:
+    """Bytes of files that the kernel keeps as long as nobody needs the room: they count as used."""
+    file = group / "memory.stat"
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = {name: int(value) for name, value in map(str.split, lines)}
+    names = ("inactive_file", "active_file")
+    return sum(kept.get(f"total_{name}", kept.get(name, 0)) for name in names)
 
 
 def devices(on: Subject) -> Findings:
@@ -129,29 +167,32 @@ def _passed_over(platform: str) -> Findings:
     found = _accelerators()
     if not found:
         return
-    kind, extra = found
+    kind, extra, first = found
     asked = os.environ.get("JAX_PLATFORMS", "")
     if asked:
         said = f"{kind} is in this machine, and JAX_PLATFORMS={asked} keeps JAX from it"
-        yield Finding("accelerator", said, Level.WARNING, "unset JAX_PLATFORMS to use it")
+        yield Finding("accelerator", said, Level.WARNING, f"{first}unset JAX_PLATFORMS to use it")
         return
     yield Finding(
         "accelerator",
         f"{kind} is in this machine, and JAX computes on the CPU",
         Level.PROBLEM,
-        f"pip install 'jax[{extra}]' -c constraints.txt; if it is installed, `JAX_PLATFORMS="
+        f"{first}pip install 'jax[{extra}]' -c constraints.txt; if it is installed, `JAX_PLATFORMS="
         f"{extra.rstrip('0123456789')} python -c 'import jax; jax.devices()'` says what is wrong",
     )
 
 
-def _accelerators() -> tuple[str, str] | None:
-    """(What is in the machine, JAX's extra for it)."""
+def _accelerators() -> tuple[str, str, str] | None:
+    """(What is in the machine, JAX's extra for it, what is to be done before)."""
     if any((_SYSTEM / f"dev/{name}").exists() for name in ("nvidia0", "nvidiactl", "dxg")):
-        return "an NVIDIA card", "cuda13"
+        return "an NVIDIA card", "cuda13", ""
     for vendor in (_SYSTEM / "sys/bus/pci/devices").glob("*/vendor"):
-        google = vendor.read_text().strip() == _GOOGLE
-        if google and (vendor.parent / "device").read_text().strip() in _TPUS:
-            return "a TPU", "tpu"
+        maker, card = vendor.read_text().strip(), vendor.parent
+        if maker == _GOOGLE and (card / "device").read_text().strip() in _TPUS:
+            return "a TPU", "tpu", ""
+        if maker == _NVIDIA and (card / "class").read_text().startswith(_DISPLAYS):
+            driver = "install or load its driver (`nvidia-smi` must list the card); then "
+            return "an NVIDIA card without a driver", "cuda13", driver
     return None
 
 

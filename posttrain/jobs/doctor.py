@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.checkpoint import RunDir
 from posttrain.config import Config as Section
 from posttrain.config import ConfigError, did_you_mean, runtime, semantic
 from posttrain.data.config import DataConfig, Sources
@@ -46,7 +47,7 @@ class Config(Section):
     """What is examined, and how."""
 
     job: Literal["doctor"] = semantic("doctor", help="names the job")
-    run_dir: Path = runtime(Path("runs"), help="the folder that runs will write to")
+    run_dir: RunDir = runtime(Path("runs"), help="the folder that runs will write to")
     data: DataFolder = runtime(DataFolder(), help="its cache_dir is examined")
     mesh: MeshConfig = runtime(MeshConfig(), help="the axes that collectives are tried over")
     distributed: DistributedConfig = runtime(DistributedConfig(), help="how processes meet")
@@ -97,6 +98,10 @@ def _refuse_wrong_keys(cfg: Config, known: list[str]) -> None:
         if name not in known:
             hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
             raise ConfigError(f"checks: there is no {name!r}{hint}")
+    if "://" in cfg.data.cache_dir:
+        raise ConfigError(
+            f"data.cache_dir: {cfg.data.cache_dir}: must be a local or mounted folder"
+        )
     if cfg.json and not cfg.json.expanduser().absolute().parent.is_dir():
         raise ConfigError(f"json: {cfg.json}: no such folder")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -95,3 +97,30 @@ def test_the_median_is_of_calls_after_the_warm_up(monkeypatch: pytest.MonkeyPatc
     calls: list[int] = []
     assert median_seconds(lambda: calls.append(1), times=3) == 2.0
     assert len(calls) == 5
+
+
+def test_an_interrupted_check_removes_what_it_wrote(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrote = threading.Event()
+
+    def check(on: Subject) -> Findings:
+        (tmp_path / "probe").touch()
+        wrote.set()
+        time.sleep(0.2)
+        (tmp_path / "probe").unlink()
+        yield Finding("disk", "fine")
+
+    join = threading.Thread.join
+    calls = iter([KeyboardInterrupt])
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        wrote.wait(5)
+        if stroke := next(calls, None):
+            raise stroke
+        join(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        examine("disk", check, subject, 60)
+    assert not (tmp_path / "probe").exists()

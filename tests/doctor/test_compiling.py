@@ -59,3 +59,15 @@ def test_a_cache_that_is_never_hit_is_a_problem(
     all_found = found(compiling.compile_cache, subject)
     assert bad(all_found) == {"cache": Level.PROBLEM}
     assert "not read again" in all_found["cache"].said
+
+
+def test_what_another_doctor_keeps_in_the_same_folder_is_left_to_it(
+    subject: Subject, folder: Path
+) -> None:
+    """Two at once would take each other's entries away, and both report a cache never hit."""
+    with compiling._every_entry_kept():
+        compiling._probe(123).compile()
+    theirs = {path.name for path in folder.glob("*doctor*")}
+    assert theirs
+    assert not bad(found(compiling.compile_cache, subject))
+    assert {path.name for path in folder.glob("*doctor*")} == theirs

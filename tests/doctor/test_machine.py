@@ -39,6 +39,47 @@ def test_a_container_with_little_memory_is_a_problem(subject: Subject, system: P
     assert said["cores"].figures["cpu_quota_cores"] == 1.5
 
 
+def test_what_the_kernel_keeps_of_files_is_free(subject: Subject, system: Path) -> None:
+    group = system / "sys/fs/cgroup"
+    (group / "memory.max").write_text(f"{8 << 30}\n")
+    (group / "memory.current").write_text(f"{8 << 30}\n")
+    (group / "memory.stat").write_text(
+        f"anon {2 << 30}\nfile {6 << 30}\nshmem {1 << 30}\n"
+        f"inactive_file {2 << 30}\nactive_file {3 << 30}\n"
+    )
+    said = found(machine.host, subject)
+    assert not bad(said)
+    assert said["memory"].said == "8.0 GiB, 5.0 GiB free"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_groups_above_a_process_bind_it_too(
+    subject: Subject, system: Path, version: int
+) -> None:
+    """As under a batch scheduler: the limit is on the job, the process is in a step of it."""
+    names = {"memory": "memory", "cpu": "cpu"} if version == 1 else {"memory": "", "cpu": ""}
+    (system / "proc/self").mkdir(parents=True)
+    lines = ["0::/slurm/job_7/step_0"] if version == 2 else ["4:memory:/job_7/step_0", "3:cpu:/"]
+    (system / "proc/self/cgroup").write_text("\n".join(lines))
+    root = system / "sys/fs/cgroup"
+    job = root / names["memory"] / ("slurm/job_7" if version == 2 else "job_7")
+    (job / "step_0").mkdir(parents=True)
+    bound, usage = machine._MEMORY[2 - version]
+    (job / "step_0" / bound).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
+    (job / "step_0" / usage).write_text("5\n")
+    (job / bound).write_text(f"{3 << 30}\n")
+    (job / usage).write_text(f"{2 << 30}\n")
+    if version == 2:
+        (job / "cpu.max").write_text("150000 100000\n")
+    else:
+        (root / "cpu").mkdir()
+        (root / "cpu/cpu.cfs_quota_us").write_text("150000\n")
+        (root / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    said = found(machine.host, subject)
+    assert said["memory"].said == "3.0 GiB, 1.0 GiB free"
+    assert said["cores"].figures["cpu_quota_cores"] == 1.5
+
+
 def test_other_work_on_the_machine_is_a_warning(
     subject: Subject, system: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +105,7 @@ def test_no_device_is_a_problem_with_jaxs_reason(
     assert subject.lost
 
 
-@pytest.mark.parametrize("kind", ["NVIDIA", "TPU", "network card"])
+@pytest.mark.parametrize("kind", ["NVIDIA", "NVIDIA, no driver", "TPU", "network card"])
 def test_an_accelerator_that_jax_does_not_use(
     subject: Subject, system: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -73,14 +114,19 @@ def test_an_accelerator_that_jax_does_not_use(
     else:
         card = system / "sys/bus/pci/devices/0000:00:04.0"
         card.mkdir(parents=True)
-        (card / "vendor").write_text("0x1ae0\n")
+        nvidia = kind.startswith("NVIDIA")
+        (card / "vendor").write_text("0x10de\n" if nvidia else "0x1ae0\n")
         (card / "device").write_text("0x0063\n" if kind == "TPU" else "0x0042\n")
+        (card / "class").write_text("0x030200\n" if nvidia else "0x020000\n")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     level = {} if kind == "network card" else {"accelerator": Level.WARNING}
     assert bad(found(machine.devices, subject)) == level
     monkeypatch.delenv("JAX_PLATFORMS")
     level = {} if kind == "network card" else {"accelerator": Level.PROBLEM}
-    assert bad(found(machine.devices, subject)) == level
+    said = found(machine.devices, subject)
+    assert bad(said) == level
+    if level:
+        assert ("nvidia-smi" in said["accelerator"].todo) == ("no driver" in kind)
 
 
 def test_a_device_that_computes_wrongly_is_named(

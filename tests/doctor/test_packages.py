@@ -63,3 +63,12 @@ def test_libraries_that_cannot_be_imported_are_a_problem(
 ) -> None:
     monkeypatch.setattr(packages, "_TRAINING", "posttrain.no_such_module")
     assert bad(found(packages.versions, subject)) == {"imports": Level.PROBLEM}
+
+
+def test_a_checkout_that_is_not_installed_is_not_called_complete(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = packages.installed
+    monkeypatch.setattr(packages, "installed", lambda n: None if n == "posttrain" else installed(n))
+    monkeypatch.setattr(packages, "unmet", lambda name: iter(()))  # nobody says what it asks for
+    assert bad(found(packages.versions, subject)) == {"requirements": Level.WARNING}
