@@ -103,8 +103,19 @@ def _is_file(word: str) -> bool:
     return word.endswith((".yaml", ".yml"))
 
 
+def _import(name: str) -> ModuleType:
+    """The job's module. ValueError: packages that it needs do not fit, whatever they raise."""
+    try:
+        return importlib.import_module(JOBS[name][0])
+    except Exception as error:
+        raise ValueError(
+            f"posttrain {name} cannot be loaded: {type(error).__name__}: {error}. Do the packages "
+            "fit each other? pip install -e . -c constraints.txt, in a fresh environment"
+        ) from error
+
+
 def _run(name: str, words: list[str], overrides: list[str], flags: list[str]) -> int:
-    job = importlib.import_module(JOBS[name][0])
+    job = _import(name)
     if "--help" in flags:
         print(_job_usage(name, job))
         return 0

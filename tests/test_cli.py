@@ -191,3 +191,16 @@ def test_exit_codes_tell_what_went_wrong(job, yaml, capsys):
 def test_version_is_printed(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip()[0].isdigit()
+
+
+def test_packages_that_do_not_fit_are_told_in_a_line(tmp_path, monkeypatch):
+    """`posttrain doctor` too, which is asked just then, cannot load without jax."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("raise RuntimeError('jaxlib 0.1 is too old')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    done, _ = posttrain("doctor")
+    assert done.returncode == cli.DATA_ERROR
+    first = done.stderr.splitlines()[0]
+    assert "posttrain doctor cannot be loaded: RuntimeError: jaxlib 0.1 is too old" in first
+    assert "pip install -e . -c constraints.txt" in first
+    assert "Traceback" not in done.stderr
