@@ -41,7 +41,7 @@ from posttrain.train.reference_store import Store, fingerprint
 from posttrain.types import Batch, Example
 
 ReferenceMode = Literal["cached", "live"]
-VERSION = 1  # of the numbers: a change of the model's arithmetic that moves them raises it
+VERSION = 2  # of the numbers: a change of the model's arithmetic that moves them raises it
 _FIRST_PART, _LAST_PART = 0.5, 30.0  # seconds between parts: twice as long each time, up to this
 _POLL = 0.5  # seconds between looks for parts that another host wrote
 
@@ -126,7 +126,9 @@ def live_copy(params: Any, dtype: str) -> Any:
 def _store(parts: Parts, cache: Cache, weights: str) -> Store:
     model = parts.cfg.model
     platform = parts.mesh.devices.flat[0].platform  # TPUs multiply float32 in other ways
+    precision = jax.config.values.get("jax_default_matmul_precision")  # unless asked not to
     what = [VERSION, cache.content, weights, repr(parts.model.spec), model.dtype, platform]
+    what.append(precision)
     key = hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
     return Store(Path(parts.cfg.data.cache_dir).expanduser() / "reference" / key, cache.trained)
 

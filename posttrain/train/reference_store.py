@@ -13,7 +13,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ def fingerprint(params: Any) -> str:
 class Store:
     """Log-probs of a cache's examples, as far as they were computed; read from any thread.
 
-    A part is one .npy of uint32 words: the number of its examples, their ids, then the float32
-    log-probs of each one's trained tokens. It is written under another name and renamed: a part
-    that is there is whole. Of an example in several parts the oldest is read, so that what was
-    read once is read again.
+    A part is one .npy of uint32 words: the number of its examples, their ids, the float32 log-probs
+    of each one's trained tokens, and the CRC-32 of all that. It is written under another name and
+    renamed: a part that is there is whole. Of an example in several parts the oldest is read, so
+    that what was read once is read again.
     """
 
     def __init__(self, folder: Path, trained: Int[np.ndarray, " N"]):
@@ -111,8 +112,9 @@ class Store:
                 count = int(words[0])
                 ids = words[1 : 1 + count].astype(np.int64)
                 ends = 1 + count + np.cumsum(self._trained[ids].astype(np.int64))
-                whole = words.dtype == np.uint32 and len(words) == ends[-1]
-            except (ValueError, IndexError):
+                whole = words.dtype == np.uint32 and len(words) == ends[-1] + 1
+                whole = whole and zlib.crc32(words[:-1].data) == words[-1]
+            except (ValueError, IndexError, EOFError):
                 whole = False
             if not whole:
                 raise ValueError(f"{file}: damaged; remove it, and it is computed again")
@@ -137,8 +139,7 @@ class Store:
         A pass that was cut short has left them here: laid out alike, the rest gets the same rows,
         and the same last digits, as if nothing had happened.
         """
-        for file in sorted(self.folder.glob("*.pass.npy")):
-            laid_out = np.load(file)
+        for _, laid_out in self._passes():
             if np.array_equal(laid_out & ~self.present, missing):
                 return laid_out
         self._write(f"{time.time_ns():020d}.{uuid.uuid4().hex[:8]}.pass.npy", missing)
@@ -146,14 +147,29 @@ class Store:
 
     def finish(self) -> None:
         """Forgets the passes that have all they were laid out for."""
-        for file in self.folder.glob("*.pass.npy"):
-            if self.present[np.load(file)].all():
+        for file, laid_out in self._passes():
+            if self.present[laid_out].all():
+                file.unlink(missing_ok=True)
+
+    def _passes(self) -> Iterator[tuple[Path, Bool[np.ndarray, " N"]]]:
+        """What passes were laid out for; a file that cannot be read is forgotten with its pass."""
+        for file in sorted(self.folder.glob("*.pass.npy")):
+            try:
+                laid_out = np.load(file)
+            except FileNotFoundError:
+                continue  # another run is done with it
+            except (ValueError, EOFError):
+                laid_out = np.zeros(0, bool)
+            if laid_out.shape == self._part_of.shape and laid_out.dtype == bool:
+                yield file, laid_out
+            else:
                 file.unlink(missing_ok=True)
 
     def add(self, ids: Sequence[int], logps: Sequence[np.ndarray]) -> None:
         """Writes a part; `refresh` sees it."""
         head = np.array([len(ids), *ids], np.uint32)
         words = np.concatenate([head, np.concatenate(logps).astype(np.float32).view(np.uint32)])
+        words = np.append(words, np.uint32(zlib.crc32(words.data)))
         # by time, for the oldest to come first; the rest tells apart what hosts write at once
         self._write(f"{time.time_ns():020d}.{uuid.uuid4().hex[:8]}.part.npy", words)
 
@@ -166,8 +182,16 @@ class Store:
             except FileNotFoundError:
                 pass  # another run removed it, or its writer is done
         temporary = self.folder / f"{name}.{uuid.uuid4().hex[:8]}.tmp"
-        with temporary.open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())  # a rename may reach the disk before the data it names
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())  # a rename may reach the disk before the data it names
+        except OSError as error:  # numpy says of a full disk how many items it took
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                f"{self.folder}: the reference's log-probs cannot be written ({error}). Is the "
+                "disk full? Make room, or set data.cache_dir to another disk, and start again: "
+                "what is there is kept"
+            ) from error
         temporary.replace(self.folder / name)

@@ -172,3 +172,44 @@ def test_a_fingerprint_holds_no_second_copy_of_the_weights() -> None:
     x = jax.ShapeDtypeStruct((8, 256, 512), jnp.float32)
     compiled = jax.jit(reference_store._lane_sums).lower(x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1024
+
+
+@pytest.mark.parametrize("damage", ["empty", "a bit"])
+def test_a_part_that_the_disk_lost_is_never_trained_on(tmp_path: Path, damage: str) -> None:
+    Store(tmp_path, TRAINED).add([0, 5], said([0, 5]))
+    part = next(tmp_path.glob("*.part.npy"))
+    whole = bytearray(part.read_bytes())
+    whole[-10] ^= 1  # of a log-prob
+    part.write_bytes(b"" if damage == "empty" else whole)
+    with pytest.raises(ValueError, match=rf"{part.name}: damaged; remove it"):
+        Store(tmp_path, TRAINED)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None])
+def test_a_damaged_layout_of_a_pass_is_forgotten(tmp_path: Path, content: bytes | None) -> None:
+    store = Store(tmp_path, TRAINED)
+    missing = np.ones(len(TRAINED), bool)
+    store.begin(missing)
+    file = next(tmp_path.glob("*.pass.npy"))
+    if content is None:
+        np.save(file, np.ones(3, bool))
+    else:
+        file.write_bytes(content)
+    np.testing.assert_array_equal(store.begin(missing), missing)
+    assert not file.exists()
+    file.write_bytes(b"")
+    store.finish()
+
+
+def test_a_full_disk_is_told_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Any, array: np.ndarray) -> None:
+        file.write(b"some")
+        raise OSError("4096 requested and 4 written")
+
+    store = Store(tmp_path, TRAINED)
+    monkeypatch.setattr(reference_store.np, "save", full)
+    with pytest.raises(OSError, match=rf"{tmp_path}: the .* cannot be written .* data.cache_dir"):
+        store.add([0], said([0]))
+    assert not list(tmp_path.iterdir()), "nothing half-written takes room"
