@@ -4,6 +4,7 @@
           semantic.json    the part of it that decides the result
           checkpoints/<k>  Orbax: `state` after k updates, the resolved config as its metadata
           frozen.json      what it does not train, where it does not train all: a fingerprint
+          data.json        which tokens the run is trained on: a hash of the prepared data
           metrics.jsonl  tensorboard/  samples/  export/
           lock             held by the process that trains in the folder
 """
@@ -146,6 +147,26 @@ def _refuse_another_config(
             "run_dir:\n    " + "\n    ".join(problems)
         )
     return grown
+
+
+def same_data(run_dir: Path, content: str, resuming: bool) -> None:
+    """Writes down what the run is trained on (`content`: a hash of all its tokens and weights).
+
+    Raises ValueError where a resumed run finds other data: its steps would be other steps.
+    """
+    file = run_dir / "data.json"
+    if resuming and file.exists():
+        if json.loads(file.read_text())["content"] != content:
+            raise ValueError(
+                f"{run_dir}: the prepared data are not those that the run began with: a file of "
+                "data.sources, the template, the tokenizer or a library's version has changed. "
+                "Put it back, or go on from the run's weights in another run_dir "
+                f"(checkpoint.init_from={run_dir})"
+            )
+    elif is_primary():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"content": content}) + "\n")
+        temporary.replace(file)
 
 
 def saved_steps(run_dir: Path) -> list[int]:

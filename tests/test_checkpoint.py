@@ -55,6 +55,14 @@ def test_a_folder_in_which_nothing_was_trained_takes_any_config(tmp_path: Path) 
     assert open_run(tmp_path, Run(lr=2.0), "auto") is False
 
 
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:
+    checkpoint.same_data(tmp_path, "a", False)
+    checkpoint.same_data(tmp_path, "b", False)  # nothing was trained yet
+    checkpoint.same_data(tmp_path, "b", True)
+    with pytest.raises(ValueError, match=rf"not those that .*init_from={tmp_path}"):
+        checkpoint.same_data(tmp_path, "a", True)
+
+
 def test_must_and_never_mean_what_they_say(tmp_path: Path) -> None:
     """open-instruct #1823: `--resume` ignored in silence."""
     with pytest.raises(ConfigError, match="holds no checkpoint"):

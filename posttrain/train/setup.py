@@ -69,6 +69,7 @@ def _run(
         parts.split(parts.model.params)  # refuses patterns that name nothing before data are read
         _refuse_long_rows(cfg.data.seq_len, parts.model)
         cache = parts.prepare(cfg.data, "data.sources")
+        checkpoint.same_data(cfg.run_dir, cache.content, resuming)
         steps, epochs = cfg.train.steps, cfg.train.epochs or 1
         length = {"steps": steps} if steps else {"epochs": epochs}
         plan = parts.plan(cache, cfg.data, cfg.batch, **length)

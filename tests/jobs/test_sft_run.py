@@ -73,6 +73,21 @@ def test_a_finished_run_is_extended_and_equals_one_made_at_once(run_sft: Runner)
         run_sft("train.steps=6", "optim.lr=0.002", devices=1, folder=part.folder)
 
 
+def test_a_resumed_run_whose_data_have_changed_says_so(
+    run_sft: Runner, data_dir: Path, tmp_path: Path
+) -> None:
+    """The config names a file, not what is in it: other rows under its name are other steps."""
+    rows = (data_dir / "golden" / "sft.jsonl").read_text().splitlines(keepends=True)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(rows[:16]))
+    keys = [f"data.sources.gsm8k.path={file}", f"data.cache_dir={tmp_path / 'cache'}"]
+    run = run_sft(*keys, "train.steps=1", devices=1)
+    file.write_text("".join(rows[8:24]))
+    with pytest.raises(ValueError, match="the prepared data are not those that the run began with"):
+        run_sft(*keys, "train.steps=2", devices=1, folder=run.folder)
+    assert len(run.metrics) == 1
+
+
 def test_init_from_starts_a_new_run_from_anothers_weights(run_sft: Runner) -> None:
     first = run_sft("train.steps=3", devices=1)
     second = run_sft("train.steps=2", f"checkpoint.init_from={first.folder}", devices=1)
