@@ -72,7 +72,10 @@ def _outside(name: str) -> str | None:
     """A hash of the module of a format `pkg.module:NAME`; None for one of ours."""
     if ":" not in name:
         return None
-    found = importlib.util.find_spec(name.split(":")[0])
+    try:
+        found = importlib.util.find_spec(name.split(":")[0])
+    except ImportError:  # a package above it is not there
+        found = None
     if found is None or found.origin is None:
         return None  # using it will say what is wrong
     return hashlib.blake2b(Path(found.origin).read_bytes(), digest_size=16).hexdigest()

@@ -98,6 +98,9 @@ def fit_pair(
         prompt = min(shared, *(int(np.argmax(side.loss_weights > 0)) for side in sides))
         cut = longest - seq_len
         if cut > prompt - bos - 1:
+            starts = (int(np.argmax(side.loss_weights > 0)) for side in sides)
+            if min(starts) > prompt:
+                return Fitted([], dropped="over seq_len, and the sides' prompts part too soon")
             return Fitted([], dropped="the answer alone is over seq_len")
         short = [_tail(side, bos, cut + bos, len(side.tokens)) for side in sides]
     else:

@@ -224,6 +224,20 @@ DEFECTS = [
         "the same as completions[0].response",
         "remove the row",
     ),
+    (
+        "preference",
+        explicit([USER], [{**GOOD, "weight": 0.5}], [BAD]),
+        "chosen[0].weight",
+        "float 0.5 in an answer of a pair",
+        "write 0 (not trained) or 1",
+    ),
+    (
+        "preference",
+        explicit("q", [{"role": "user"}, GOOD], [{"role": "user"}, BAD]),
+        "prompt",
+        "not what chosen and rejected both begin with",
+        "correct it",
+    ),
     # what only tokens show
     ("preference", explicit([REFUSED], [GOOD], [BAD]), "row", "the template refuses", "chat"),
     ("preference", explicit([USER], [GOOD], "refuse me"), "rejected", "refuses", "chat section"),

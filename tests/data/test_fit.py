@@ -147,7 +147,12 @@ def test_pairs_are_cut_as_by_hand(how):
     assert (
         outcomes
         == {
-            "truncate_start": {"whole", "cut", "the answer alone is over seq_len"},
+            "truncate_start": {
+                "whole",
+                "cut",
+                "the answer alone is over seq_len",
+                "over seq_len, and the sides' prompts part too soon",
+            },
             "truncate_end": {
                 "whole",
                 "cut",

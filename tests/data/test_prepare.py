@@ -67,6 +67,13 @@ def test_errors_name_the_place_in_the_config(tmp_path, rows, said):
         prepare(cfg, FakeChat(), quiet=True, section="eval.sets")
 
 
+def test_a_users_format_that_is_not_there_is_an_error_of_the_config(tmp_path):
+    path = write(tmp_path / "x.jsonl", [turn(0)])
+    cfg = config(tmp_path, sources={"mine": {"path": path, "format": "no_such_package.rows:OWN"}})
+    with pytest.raises(ValueError, match=r"no_such_package\.rows:OWN': cannot be imported"):
+        prepare(cfg, FakeChat(), quiet=True)
+
+
 def test_without_a_home_the_cache_must_be_named(tmp_path, monkeypatch):
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as of a user without a home
     with pytest.raises(ValueError, match=r"data\.cache_dir: ~/c: this user has no home"):

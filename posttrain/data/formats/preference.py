@@ -128,6 +128,7 @@ def join(
                 raise RowError([Problem(answer.places[0], found, fix)])
             turns = [*context, *answer.messages]
             sides.append(conversation(turns, row, f"{names[0]}+{name}", cfg, places))
+            problems |= dict.fromkeys(_weights(answer))
         except RowError as error:
             problems |= dict.fromkeys(error.problems)
     last = _role(prompt.messages[-1]) if prompt.messages else "none"
@@ -143,6 +144,19 @@ def join(
     if problems:
         raise RowError(problems)
     return Pair(sides[0], sides[1])
+
+
+def _weights(answer: Turns) -> list[Problem]:
+    """Weights that would be lost: losses of pairs count each trained token once."""
+    return [
+        Problem(
+            f"{place}.weight",
+            f"{show(message['weight'])} in an answer of a pair",
+            "write 0 (not trained) or 1, or remove it: a pair's tokens count alike",
+        )
+        for message, place in zip(answer.messages, answer.places, strict=True)
+        if message.get("weight") not in (None, 0, 1)
+    ]
 
 
 def _texts(prompt: Any, chosen: Any, rejected: Any, row: Any, names: Names) -> Pair:
@@ -188,7 +202,7 @@ def _repeated(
     """A pair whose lists are whole conversations, and whose prompt says again what both have."""
     both = _common(chosen, rejected, cfg)
     if isinstance(prompt, str):
-        texts = [m["content"] for m in chosen.messages[:both] if _role(m) == "user"]
+        texts = [m.get("content") for m in chosen.messages[:both] if _role(m) == "user"]
         if any(isinstance(text, str) and text.strip() == prompt.strip() for text in texts):
             return shared(chosen, rejected, row, names, cfg)
     elif _common(chosen, Turns.of(prompt, names[0]), cfg) == len(prompt) <= both:
