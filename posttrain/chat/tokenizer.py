@@ -191,6 +191,26 @@ class Tokenizer:
         )
         return Tokenizer(wider.to_str(), self._config, self._state[2])
 
+    def padding_apart(self, ends: Iterable[int]) -> Tokenizer:
+        """A tokenizer whose padding token ends no text; `ends`: ids that do, beside its own stops.
+
+        transformers' sequence classifiers read the last token that is not the padding token: a text
+        that ends with it would be read one token early. ValueError where no special token is left.
+        """
+        taken = {*ends, *self.stop_ids}
+        if self.pad_id is not None and self.pad_id not in taken:
+            return self
+        free = [i for i in sorted(self.special_ids) if i not in taken]
+        if not free:
+            raise ValueError(
+                "the tokenizer has no special token that can pad, since each may end a text: add "
+                "one, as in model.new_tokens=['<|pad|>']"
+            )
+        # one that is named so, else any but BOS, which a text of nothing else would consist of
+        best = min(free, key=lambda i: ("pad" not in self.token(i).lower(), i == self.bos_id, i))
+        description, config, stops = self._state
+        return Tokenizer(description, {**config, "pad_token": self.token(best)}, stops)
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as transformers reads them.
 

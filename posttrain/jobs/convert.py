@@ -10,6 +10,7 @@ not quantise, merge adapters, or read pickles.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal
 from posttrain.chat.config import ChatConfig
 from posttrain.config import Config as Section
 from posttrain.config import ConfigError, runtime, semantic
-from posttrain.models.spec import DtypeName, ModelConfig, Token
+from posttrain.models.spec import DtypeName, HeadName, ModelConfig, Token
 from posttrain.sharding import MeshConfig
 
 
@@ -45,10 +46,11 @@ class _Trained(Section):
     job: Literal["trained"] = semantic("trained", help="names the job")
     model: ModelConfig = semantic(help="what was trained")
     chat: ChatConfig = semantic(ChatConfig(), help="how it is talked to")
+    head: HeadName = semantic("lm", help="what it ends in")
 
 
-TRAINS = ("sft", "preference")
-"""The jobs whose run folders are read."""
+TRAINS: dict[str, dict[str, str]] = {"sft": {}, "preference": {}, "reward_model": {"head": "score"}}
+"""The jobs whose run folders are read, and what they mean for _Trained."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class _Source:
     tokenizer: Any
     template: str | None
     stop_ids: tuple[int, ...]
+    pad_id: int | None = None
 
 
 def run(cfg: Config) -> int:
@@ -87,6 +90,7 @@ def run(cfg: Config) -> int:
             source.tokenizer,
             dtype=source.dtype,
             stop_ids=source.stop_ids,
+            pad_id=source.pad_id,
             shard_bytes=int(cfg.max_file_gb * 10**9),
         )
         _write_rest(cfg, source)
@@ -100,8 +104,8 @@ def run(cfg: Config) -> int:
 def _of_folder(cfg: Config, mesh: Any) -> _Source:
     from posttrain.chat.tokenizer import Tokenizer
     from posttrain.models import hf
+    from posttrain.models.config_json import read_json
     from posttrain.models.folder import local_folder
-    from posttrain.models.spec import read_json
 
     folder = local_folder(cfg.source)
     raw = read_json(folder / "config.json")
@@ -124,7 +128,9 @@ def _of_folder(cfg: Config, mesh: Any) -> _Source:
         mesh,
         tokenizer_size=rows,
         new_ids=range(used, size),
+        head=None,
     )
+    stops = tokenizer.stop_ids if tokenizer and model.spec.head == "lm" else ()
     return _Source(
         folder,
         model.spec,
@@ -132,7 +138,7 @@ def _of_folder(cfg: Config, mesh: Any) -> _Source:
         options["dtype"],
         tokenizer,
         _template_of(folder, tokenizer),
-        tuple(tokenizer.stop_ids) if tokenizer else (),
+        tuple(stops),
     )
 
 
@@ -162,24 +168,30 @@ def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
         raise ConfigError(
             f"{run_dir} is a run: export it first, then add tokens to or pad the exported folder"
         )
-    accepts = {job: {} for job in TRAINS}
-    trained = config.load(_Trained, [run_dir / "resolved.yaml"], accepts=accepts)
+    trained = config.load(_Trained, [run_dir / "resolved.yaml"], accepts=TRAINS)
     folder = local_folder(trained.model.path)
     tokenizer = Tokenizer.load(folder)
     old = tokenizer.size
     if trained.model.new_tokens:
         tokenizer = tokenizer.with_added_tokens(list(trained.model.new_tokens))
     chat = ChatTemplate.load(folder, tokenizer, trained.chat)
-    spec = read_spec(folder)
+    spec = dataclasses.replace(read_spec(folder), head=trained.head)
     spec = spec.with_vocab(max(spec.vocab_size, tokenizer.size), trained.model.vocab_multiple)
     _, abstract = abstract_model(spec, compute_of(trained.model), mesh)
 
     def base() -> Any:  # where the run left a part of the parameters as it found them
         ids = range(old, tokenizer.size)
-        model = hf.open_model(trained.model, mesh, tokenizer_size=tokenizer.size, new_ids=ids)
+        model = hf.open_model(
+            trained.model, mesh, tokenizer_size=tokenizer.size, new_ids=ids, head=trained.head,
+            new_head=True,
+        )  # fmt: skip
         return nnx.to_pure_dict(model.state)
 
     params = restored(cfg.source, nnx.to_pure_dict(abstract), base)
+    stops, pad_id = tuple(chat.stop_ids), None
+    if trained.head == "score":
+        tokenizer = tokenizer.padding_apart(stops)
+        stops, pad_id = (), tokenizer.pad_id
     return _Source(
         folder,
         spec,
@@ -187,21 +199,22 @@ def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
         cfg.dtype or trained.model.param_dtype,
         tokenizer,
         chat.source,
-        tuple(chat.stop_ids),
+        stops,
+        pad_id,
     )
 
 
 def _write_rest(cfg: Config, source: _Source) -> None:
     """The chat template, and what the source's generation config says beside the stop tokens."""
     from posttrain.checkpoint import is_primary
-    from posttrain.models.spec import read_json
+    from posttrain.models.config_json import read_json
 
     if not is_primary():
         return
     if source.template is not None:
         (cfg.out / "chat_template.jinja").write_text(source.template, encoding="utf-8")
     name = "generation_config.json"
-    if (source.folder / name).is_file():
+    if source.spec.head == "lm" and (source.folder / name).is_file():
         written = read_json(cfg.out / name) if (cfg.out / name).is_file() else {}
         merged = read_json(source.folder / name) | written
         (cfg.out / name).write_text(json.dumps(merged, indent=2) + "\n")

@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import safe_open
 
 from posttrain.config import ConfigError
+from posttrain.models.config_json import read_json
 from posttrain.models.keys import Slices
-from posttrain.models.spec import read_json
 
 _DTYPES = {
     np.dtype(np.float32): "F32",
@@ -94,6 +94,14 @@ class Tensors:
         """A part of one tensor."""
         return self._where[name].get_slice(name)[slices]
 
+    def mean(self, name: str, count: int, columns: slice, rows: int = 4096) -> np.ndarray:
+        """The mean of a table's first `count` rows, float64; `rows` of them in memory at a time."""
+        total = np.zeros(columns.stop - columns.start)
+        for i in range(0, count, rows):
+            cut = slice(i, min(i + rows, count))
+            total += self.read(name, (cut, columns)).sum(0, dtype=np.float64)
+        return total / count
+
     def equal(self, one: str, other: str, rows: int = 4096) -> bool:
         """Whether two tensors hold the same values; `rows` of each in memory at a time."""
         if self.shape(one) != self.shape(other):
@@ -117,7 +125,7 @@ class Planned:
 
 
 class TensorWriter:
-    """Writes safetensors files with one tensor in memory: headers first, then each tensor's bytes.
+    """Writes safetensors files block by block, in any order: headers first, then rows in place.
 
     Everything is planned before: the files' sizes, and so their headers and names, follow from the
     shapes. Files carry the end `.partial` until finish() renames them, and removes the weights
@@ -126,38 +134,29 @@ class TensorWriter:
 
     def __init__(self, folder: Path, planned: Sequence[Planned], shard_bytes: int):
         self._folder = folder
-        self._files: list[list[Planned]] = [[]]
+        groups: list[list[Planned]] = [[]]
         for tensor in planned:
-            size = sum(t.bytes for t in self._files[-1])
-            if self._files[-1] and size + tensor.bytes > shard_bytes:
-                self._files.append([])
-            self._files[-1].append(tensor)
-        n = len(self._files)
+            size = sum(t.bytes for t in groups[-1])
+            if groups[-1] and size + tensor.bytes > shard_bytes:
+                groups.append([])
+            groups[-1].append(tensor)
+        n = len(groups)
         self._names = (
             ["model.safetensors"]
             if n == 1
             else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
         )
-        self._queue = [(file, tensor) for file, group in enumerate(self._files) for tensor in group]
-        self._next = 0
-        self._at = -1  # the file that is open
-        self._open: IO[bytes] | None = None
+        self._files: list[IO[bytes]] = []
+        # tensor -> (its number of a file, where its bytes begin in it, what it is)
+        self._places: dict[str, tuple[int, int, Planned]] = {}
+        self._left = {tensor.name: tensor.bytes for tensor in planned}
+        for file, group in enumerate(groups):
+            self._begin(file, group)
 
-    def write(self, name: str, array: np.ndarray) -> None:
-        """The next tensor of the plan."""
-        file, tensor = self._queue[self._next]
-        assert (name, array.shape, array.dtype) == (tensor.name, tensor.shape, tensor.dtype)
-        if self._open is None or self._at != file:
-            self._at, self._open = file, self._begin(file)
-        self._open.write(np.ascontiguousarray(array).view(np.uint8).data)
-        self._next += 1
-
-    def _begin(self, file: int) -> IO[bytes]:
-        if self._open is not None:
-            self._open.close()
+    def _begin(self, file: int, group: Sequence[Planned]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for tensor in self._files[file]:
+        for tensor in group:
             header[tensor.name] = {
                 "dtype": _DTYPES[tensor.dtype],
                 "shape": list(tensor.shape),
@@ -168,13 +167,25 @@ class TensorWriter:
         text += b" " * (-len(text) % 8)
         opened = (self._folder / (self._names[file] + ".partial")).open("wb")
         opened.write(len(text).to_bytes(8, "little") + text)
-        return opened
+        self._files.append(opened)
+        for tensor in group:
+            begin = 8 + len(text) + header[tensor.name]["data_offsets"][0]
+            self._places[tensor.name] = file, begin, tensor
+
+    def write(self, name: str, first: int, rows: np.ndarray) -> None:
+        """Rows of a tensor, from its row `first` on."""
+        file, begin, tensor = self._places[name]
+        assert (rows.shape[1:], rows.dtype) == (tensor.shape[1:], tensor.dtype), name
+        row = tensor.bytes // tensor.shape[0]
+        self._files[file].seek(begin + first * row)
+        self._files[file].write(np.ascontiguousarray(rows).view(np.uint8).data)
+        self._left[name] -= rows.nbytes
 
     def finish(self) -> None:
         """All are written: gives the files their names, and an index where they are several."""
-        assert self._next == len(self._queue), "tensors of the plan were not written"
-        assert self._open is not None
-        self._open.close()
+        assert not any(self._left.values()), "tensors of the plan were not written, or twice"
+        for file in self._files:
+            file.close()
         for old in self._folder.glob("model*.safetensors*"):
             if not old.name.endswith(".partial"):
                 old.unlink()
@@ -182,8 +193,8 @@ class TensorWriter:
             (self._folder / (name + ".partial")).rename(self._folder / name)
         if len(self._names) > 1:
             index = {
-                "metadata": {"total_size": sum(tensor.bytes for _, tensor in self._queue)},
-                "weight_map": {tensor.name: self._names[file] for file, tensor in self._queue},
+                "metadata": {"total_size": sum(t.bytes for _, _, t in self._places.values())},
+                "weight_map": {name: self._names[at] for name, (at, _, _) in self._places.items()},
             }
             path = self._folder / "model.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n")

@@ -1,15 +1,16 @@
 """Hugging Face folders in and out: safetensors straight into sharded arrays and back.
 
-One tensor is in flight at a time, and of it a process reads only what its devices hold. Nothing
-is unpickled: pytorch_model.bin is refused.
+A block of a tensor is in flight at a time, and of it a process reads only what its devices hold.
+Nothing is unpickled: pytorch_model.bin is refused.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from posttrain.models import ARCHITECTURES, read_spec
+from posttrain.config import ConfigError
+from posttrain.models import ARCHITECTURES, classifier_of, read_spec, stream
 from posttrain.models.folder import Planned, Tensors, TensorWriter, local_folder
 from posttrain.models.keys import (
     KEYS,
-    Key,
+    Place,
     Slices,
     file_names,
-    file_shape,
     file_slices,
     from_file,
     is_stacked,
+    lead_dims,
+    places,
     to_file,
 )
-from posttrain.models.spec import DtypeName, ModelConfig, Spec
+from posttrain.models.spec import DtypeName, HeadName, ModelConfig, Spec
 from posttrain.models.transformer import Compute, abstract_model, compute_of, random_model
 
 _NO_IDS = range(0)
@@ -47,32 +50,31 @@ class Model:
     spec: Spec
     graph: nnx.GraphDef
     state: nnx.State
+    new_head: bool = False  # the folder has no score head: it is random
 
 
-def check_tensors(tensors: Tensors, paths: dict[str, tuple[int, ...]], spec: Spec) -> None:
-    """ValueError listing every tensor that is missing, not expected, mis-shaped or no float.
-
-    paths: parameter -> its stacked shape here.
-    """
-    wrong, expected, vocab = [], set(), json.loads(spec.config_json).get("vocab_size")
-    for path, shape in paths.items():
-        shape = shape[1:] if is_stacked(path) else shape
-        want = file_shape(KEYS[path], shape, vocab)
-        for _, name in file_names(path, spec):
-            expected.add(name)
-            if name not in tensors:
-                wrong.append(f"missing: {name} {list(want)}")
-            elif tensors.shape(name) != want:
-                found = list(tensors.shape(name))
-                wrong.append(f"wrong shape: {name} is {found}, config.json says {list(want)}")
-            elif tensors.dtype(name) not in _FLOATS:
-                wrong.append(f"wrong dtype: {name} is {tensors.dtype(name)}, not a float")
-    for name in sorted(tensors.names() - expected):
+def check_tensors(tensors: Tensors, placed: dict[str, Place], spec: Spec) -> None:
+    """ValueError listing every tensor that is missing, not expected, mis-shaped or no float."""
+    wrong = []
+    expected = {
+        name: place.tensor for path, place in placed.items() for _, name in file_names(path, spec)
+    }
+    for name, want in expected.items():
+        if name not in tensors:
+            wrong.append(f"missing: {name} {list(want)}")
+        elif tensors.shape(name) != want:
+            found = list(tensors.shape(name))
+            wrong.append(f"wrong shape: {name} is {found}, config.json says {list(want)}")
+        elif tensors.dtype(name) not in _FLOATS:
+            wrong.append(f"wrong dtype: {name} is {tensors.dtype(name)}, not a float")
+    for name in sorted(tensors.names() - expected.keys()):
         if spec.tied and name == KEYS["head"].name:
             if not tensors.equal(name, KEYS["embedding"].name):
                 wrong.append(
                     f"{name} differs from the embedding, though tie_word_embeddings is true"
                 )
+        elif spec.head == "score" and name == KEYS["head"].name:
+            pass  # a language model that becomes a reward model
         elif not _IGNORED.match(name):
             wrong.append(f"unexpected: {name} {list(tensors.shape(name))}")
     if wrong:
@@ -83,37 +85,39 @@ def check_tensors(tensors: Tensors, paths: dict[str, tuple[int, ...]], spec: Spe
 
 
 def _reader(
-    tensors: Tensors, key: Key, name: str, like: jax.ShapeDtypeStruct, new_ids: range, spec: Spec
-) -> Callable[[Any], np.ndarray]:
-    """Our array[index] from the file; rows the file has not, and new_ids, are made up here."""
-    seen: dict[Any, np.ndarray] = {}  # replicated shards are read once
+    tensors: Tensors,
+    place: Place,
+    names: dict[stream.Index, str],
+    like: jax.ShapeDtypeStruct,
+    new_ids: range,
+    spec: Spec,
+) -> stream.Read:
+    """Our array's values from the file; rows the file has not, and new_ids, are made up here."""
+    key, shape = place.key, like.shape[lead_dims(place.key) :]
+    means: dict[Any, np.ndarray] = {}
 
-    def read(index: Any) -> np.ndarray:
-        spans = tuple(s.indices(n)[:2] for s, n in zip(index, like.shape, strict=True))
-        if spans not in seen:
-            index = tuple(slice(*span) for span in spans)
-            seen[spans] = whole(index) if key.vocab_dim is None else rows(index)
-        return seen[spans]
+    def read(lead: stream.Index, index: Slices) -> np.ndarray:
+        if key.vocab_dim is not None:
+            return rows(names[lead], index)
+        piece = tensors.read(names[lead], file_slices(place, shape, index))
+        return from_file(key, piece, [s.stop - s.start for s in index]).astype(like.dtype)
 
-    def whole(index: Slices) -> np.ndarray:
-        piece = tensors.read(name, file_slices(key, like.shape, index))
-        shape = tuple(s.stop - s.start for s in index)
-        return from_file(key, piece, shape).astype(like.dtype)
-
-    def rows(index: Slices) -> np.ndarray:
+    def rows(name: str, index: Slices) -> np.ndarray:
         have = tensors.shape(name)[0]
         dim = key.vocab_dim
         assert dim is not None
-        wanted = index[dim]
+        wanted, columns = index[dim], index[1 - dim]
         ids = np.arange(wanted.start, wanted.stop)
         kept = slice(min(wanted.start, have), min(wanted.stop, have))
-        table = np.zeros((len(ids), like.shape[1 - dim]), np.float32)[:, index[1 - dim]]
+        table = np.zeros((len(ids), columns.stop - columns.start), np.float32)
         if kept.start < kept.stop:
-            table[: kept.stop - kept.start] = tensors.read(name, (kept, index[1 - dim]))
+            table[: kept.stop - kept.start] = tensors.read(name, (kept, columns))
         new = ((ids >= have) & (ids < spec.vocab_size)) | np.isin(ids, np.array(new_ids))
         if new.any():
-            old = slice(0, min([have, *new_ids]))
-            table[new] = tensors.read(name, (old, index[1 - dim])).mean(0, dtype=np.float64)
+            span = (columns.start, columns.stop)
+            if span not in means:
+                means[span] = tensors.mean(name, min([have, *new_ids]), columns)
+            table[new] = means[span]
         return (table.T if dim else table).astype(like.dtype)
 
     return read
@@ -126,51 +130,39 @@ def load(
     compute: Compute,
     *,
     new_ids: range = _NO_IDS,
+    new_head_seed: int | None = None,
 ) -> Model:
     """The weights of an HF folder, in compute.param_dtype, laid on the mesh.
 
     Vocabulary rows that the file has not (spec.vocab_size above config.json's) and `new_ids`
     (special tokens that took unused rows) start as the mean of the old rows; padding rows are 0.
+    new_head_seed: the folder has no score head, which starts from normal values of this seed.
     Raises ValueError listing all tensors that do not fit.
     """
     graph, abstract = abstract_model(spec, compute, mesh)
     flat = {"/".join(map(str, k)): v for k, v in nnx.to_flat_state(abstract)}
-    tensors = Tensors(Path(path))
-    check_tensors(tensors, {name: v.get_value().shape for name, v in flat.items()}, spec)
-
-    def one(name: str, key: Key, like: jax.ShapeDtypeStruct) -> jax.Array:
-        read = _reader(tensors, key, name, like, new_ids, spec)
-        return jax.make_array_from_callback(like.shape, like.sharding, read)
-
+    tensors, raw = Tensors(Path(path)), json.loads(spec.config_json)
+    shapes = {name: v.get_value().shape for name, v in flat.items()}
+    placed = places(shapes, spec, raw["vocab_size"])
+    new = {"score"} if new_head_seed is not None else set()
+    check_tensors(tensors, {name: place for name, place in placed.items() if name not in new}, spec)
     loaded = []
-    for path_, param in flat.items():
-        like, key = param.get_value(), KEYS[path_]
-        if is_stacked(path_):
-            array = _stack(like, lambda i, part, key=key: one(key.name.format(i), key, part))
+    for name, param in flat.items():
+        like, place = param.get_value(), placed[name]
+        if name in new:
+            array = _normal(like, spec.init_std, new_head_seed)
         else:
-            array = one(key.name, key, like)
-        loaded.append((tuple(path_.split("/")), param.replace(array)))
-    return Model(spec, graph, nnx.from_flat_state(loaded))
+            read = _reader(tensors, place, dict(file_names(name, spec)), like, new_ids, spec)
+            array = stream.fill(like, lead_dims(place.key), place.key.in_dims, read)
+        loaded.append((tuple(name.split("/")), param.replace(array)))
+    return Model(spec, graph, nnx.from_flat_state(loaded), bool(new))
 
 
-def _stack(
-    like: jax.ShapeDtypeStruct, layer: Callable[[int, jax.ShapeDtypeStruct], jax.Array]
-) -> jax.Array:
-    """[L, ...] filled in place, one layer at a time."""
-    assert isinstance(like.sharding, jax.sharding.NamedSharding)
-    inner = jax.sharding.NamedSharding(
-        like.sharding.mesh, jax.sharding.PartitionSpec(*like.sharding.spec[1:])
-    )
-    part = jax.ShapeDtypeStruct(like.shape[1:], like.dtype, sharding=inner)
-    stacked = jnp.zeros(like.shape, like.dtype, device=like.sharding)
-    put = jax.jit(
-        lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0),
-        donate_argnums=0,
-        out_shardings=like.sharding,
-    )
-    for i in range(like.shape[0]):
-        stacked = put(stacked, layer(i, part), np.int32(i))
-    return stacked
+def _normal(like: jax.ShapeDtypeStruct, std: float, seed: int | None) -> jax.Array:
+    def make(key: jax.Array) -> jax.Array:
+        return (jax.random.normal(key, like.shape, jnp.float32) * std).astype(like.dtype)
+
+    return jax.jit(make, out_shardings=like.sharding)(jax.random.key(seed))
 
 
 def open_model(
@@ -179,19 +171,47 @@ def open_model(
     *,
     tokenizer_size: int = 0,
     new_ids: range = _NO_IDS,
+    head: HeadName | None = "lm",
+    new_head: bool = False,
 ) -> Model:
     """The model a config names: its weights, or random ones (cfg.random_init).
 
     tokenizer_size: ids in use, added tokens counted; new_ids: those of the added tokens.
+    head: what the model must have; None: what the folder has. new_head: a language model that is
+    to have a score head gets a random one (cfg.init_seed). ConfigError where it has another.
     """
     folder = local_folder(cfg.path)
     spec = read_spec(folder)
+    made = head not in (None, spec.head)
+    if made:
+        spec = _with_score_head(spec, cfg.path, new_head)
     spec = spec.with_vocab(max(spec.vocab_size, tokenizer_size), cfg.vocab_multiple)
     compute = compute_of(cfg)
     if cfg.random_init:
         graph, state = random_model(spec, compute, mesh, cfg.init_seed)
-        return Model(spec, graph, state)
-    return load(folder, spec, mesh, compute, new_ids=new_ids)
+        return Model(spec, graph, state, made)
+    seed = cfg.init_seed if made else None
+    return load(folder, spec, mesh, compute, new_ids=new_ids, new_head_seed=seed)
+
+
+def _with_score_head(spec: Spec, path: str, new_head: bool) -> Spec:
+    """The spec of a language model with a score head in the vocabulary head's place."""
+    if spec.head == "score":
+        raise ConfigError(
+            f"model path {path}: a reward model, which has a score head and no vocabulary head: "
+            "name the language model that it was made of"
+        )
+    if not new_head:
+        raise ConfigError(
+            f"model path {path}: a language model, which has no score head: `posttrain "
+            "reward_model` makes a reward model of it"
+        )
+    if classifier_of(spec.family) is None:
+        raise ConfigError(
+            f"model path {path}: transformers has no sequence classifier of {spec.family} models, "
+            "as which a reward model is saved"
+        )
+    return dataclasses.replace(spec, head="score")
 
 
 def save(
@@ -202,69 +222,74 @@ def save(
     *,
     dtype: DtypeName = "float32",
     stop_ids: Sequence[int] = (),
+    pad_id: int | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes an HF folder: config.json, safetensors, and what the tokenizer saves of itself.
 
     params: the model's state, or the nested dict of its arrays. Padding rows are left out; values
-    are rounded to `dtype`. One tensor at a time is gathered: every process must call this, process
-    0 writes. stop_ids go into generation_config.json as the tokens that end generation.
+    are rounded to `dtype`. A block of a tensor at a time is gathered: every process must call this,
+    process 0 writes. stop_ids go into generation_config.json as the tokens that end generation,
+    pad_id into config.json as the token that pads (None: as it was).
     shard_bytes: size limit of one file; the tensors of several are listed in an index.
     """
     folder, primary = Path(folder), jax.process_index() == 0
     if primary:
         folder.mkdir(parents=True, exist_ok=True)
-    flat = dict(flat_params(params))
-    to = jnp.dtype(dtype)
-    order = [(path, i, name) for path in flat for i, name in file_names(path, spec)]
-    order.sort(key=lambda item: (is_stacked(item[0]), item[1]))
-    planned = []
-    for path, _, name in order:
-        shape = flat[path].shape[1:] if is_stacked(path) else flat[path].shape
-        planned.append(Planned(name, file_shape(KEYS[path], shape, spec.vocab_size), to))
-    writer = TensorWriter(folder, planned, shard_bytes) if primary else None
-    for path, layer, name in order:
-        array = _fetch(flat[path], layer if is_stacked(path) else None, to)
-        if writer:
-            writer.write(name, to_file(KEYS[path], array, spec.vocab_size))
+    flat, to = dict(flat_params(params)), jnp.dtype(dtype)
+    placed = places({path: a.shape for path, a in flat.items()}, spec, spec.vocab_size)
+    writer = None
+    if primary:
+        writer = TensorWriter(folder, _planned(placed, spec, to), shard_bytes)
+    for path, array in flat.items():
+        key, first = placed[path].key, placed[path].first
+        lead, names = lead_dims(key), dict(file_names(path, spec))
+        inner = 1 if key.vocab_dim is not None else math.prod(array.shape[lead + key.in_dims + 1 :])
+        for index, start, block in stream.blocks(array, lead, key.in_dims, to):
+            if key.vocab_dim is not None:  # padding rows stay here
+                kept = slice(0, max(spec.vocab_size - start, 0))
+                block = block[:, kept] if key.vocab_dim else block[kept]
+            if writer and block.size:
+                writer.write(names[index], first + start * inner, to_file(key, block))
     if writer:
         writer.finish()
-        _write_configs(folder, spec, dtype, stop_ids)
+        _write_configs(folder, spec, dtype, stop_ids, pad_id)
         if tokenizer is not None:
             tokenizer.save(folder)
 
 
+def _planned(placed: dict[str, Place], spec: Spec, dtype: Any) -> list[Planned]:
+    """The tensors of an export, layer by layer."""
+    found: dict[str, tuple[Any, Planned]] = {}
+    for path, place in placed.items():
+        for index, name in file_names(path, spec):
+            layer = spec.stacks[path.split("/")[1]].layers[index[0]] if is_stacked(path) else -1
+            found[name] = layer, Planned(name, place.tensor, dtype)
+    return [tensor for _, tensor in sorted(found.values(), key=lambda item: item[0])]
+
+
 def flat_params(params: Any) -> Iterator[tuple[str, jax.Array]]:
-    """("layers/attention/q", array) of a state or a nested dict of arrays."""
+    """("layers/0/attention/q", array) of a state or a nested dict of arrays."""
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
     for path, array in jax.tree_util.tree_flatten_with_path(pure)[0]:
         yield "/".join(str(key.key) for key in path), array
 
 
-@functools.cache
-def _gatherer(everywhere: jax.sharding.NamedSharding, dtype: Any, stacked: bool) -> Any:
-    def take(x: jax.Array, i: jax.Array) -> jax.Array:
-        x = jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False) if stacked else x
-        return x.astype(dtype)
-
-    return jax.jit(take, out_shardings=everywhere)
-
-
-def _fetch(array: jax.Array, layer: int | None, dtype: Any) -> np.ndarray:
-    """One tensor, whole, on every host."""
-    assert isinstance(array.sharding, jax.sharding.NamedSharding)
-    everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
-    whole = _gatherer(everywhere, dtype, layer is not None)(array, np.int32(layer or 0))
-    return np.asarray(whole.addressable_data(0))
-
-
-def _write_configs(folder: Path, spec: Spec, dtype: str, stop_ids: Sequence[int]) -> None:
+def _write_configs(
+    folder: Path, spec: Spec, dtype: str, stop_ids: Sequence[int], pad_id: int | None
+) -> None:
     raw = json.loads(spec.config_json)
     raw |= {"vocab_size": spec.vocab_size, "dtype": dtype}
     if "torch_dtype" in raw:
         raw["torch_dtype"] = dtype
     if not raw.get("architectures"):
         raw["architectures"] = [ARCHITECTURES[spec.family]]
+    if spec.head == "score":
+        raw["architectures"] = [classifier_of(spec.family)]
+        labels = raw.get("id2label") or {"0": "LABEL_0"}
+        raw |= {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
+    if pad_id is not None:
+        raw["pad_token_id"] = pad_id
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     if stop_ids:
         ids = {k: raw[k] for k in ("bos_token_id", "pad_token_id") if raw.get(k) is not None}

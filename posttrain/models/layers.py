@@ -1,7 +1,7 @@
 """The pieces of a decoder layer: weights and how they are gathered, RMSNorm, RoPE, MLP, attention.
 
 Shape suffixes: B rows, T positions, D embed, N query heads, K key/value heads, H head_dim,
-F mlp width, L layers. Weights hold all L layers; the scan hands a layer its slice.
+F mlp width, L layers of a stack. Weights hold all L of them; the scan hands a layer its slice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from posttrain.models.attention import ATTENTION, attention
-from posttrain.models.spec import Rope, Spec
+from posttrain.models.spec import LayerKind, Rope, Spec, Stack
 from posttrain.sharding import LOGICAL_RULES, constrain
 
 
@@ -80,11 +80,33 @@ def project(x: jax.Array, w: jax.Array, dims: int = 1) -> jax.Array:
     return out.reshape(*x.shape[: x.ndim - dims], *w.shape[dims:])
 
 
-def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last dim, in float32; the result in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale[...].astype(jnp.float32)).astype(x.dtype)
+def linear(module: Any, name: str, x: jax.Array, dims: int = 1) -> jax.Array:
+    """x times a layer's weight, module.<name>, plus module.<name>_bias where there is one.
+
+    The ONE place where a layer's weight meets its input; `dims` as in project. The module's
+    `compute` says in which dtype.
+    """
+    dtype = module.compute.dtype
+    out = project(x, weight(getattr(module, name), dtype), dims)
+    bias = getattr(module, f"{name}_bias", None)
+    return out if bias is None else out + bias[...].astype(dtype)
+
+
+def make_norm(
+    rngs: nnx.Rngs, spec: Spec, shape: Sequence[int], axes: Sequence[str], compute: Compute
+) -> nnx.Param:
+    """A norm's weight, at first a scale of one."""
+    return make_param(rngs, shape, axes, compute.param_dtype, 0 if spec.norm_offset else None)
+
+
+def rms_norm(x: jax.Array, scale: nnx.Param, spec: Spec) -> jax.Array:
+    """x / rms(x) * (norm_offset + scale) over scale's dims, in float32; the result in x's dtype."""
+    x32, scale32 = x.astype(jnp.float32), scale[...].astype(jnp.float32)
+    over = tuple(range(-scale32.ndim, 0))
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=over, keepdims=True) + spec.rms_eps)
+    if spec.norm_offset:
+        scale32 = scale32 + spec.norm_offset
+    return (x32 * scale32).astype(x.dtype)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -105,12 +127,19 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     return ((1 - keep) * freqs / np.float32(rope.factor) + keep * freqs).astype(np.float32)
 
 
-def rope_angles(spec: Spec, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, 1, head_dim / 2]: computed once for all layers."""
-    angles = positions_BT[..., None, None].astype(jnp.float32) * rope_frequencies(
-        spec.rope, spec.head_dim
-    )
-    return jnp.cos(angles), jnp.sin(angles)
+Ropes = dict[Rope, tuple[jax.Array, jax.Array]]
+"""cos and sin, float32 [B, T, 1, head_dim / 2], of each Rope among a model's layers."""
+
+
+def rope_tables(spec: Spec, positions_BT: jax.Array) -> Ropes:
+    """Computed once for all layers."""
+    ropes = dict.fromkeys(kind.rope or spec.rope for kind in spec.pattern)
+    tables = {}
+    for rope in ropes:
+        frequencies = rope_frequencies(rope, spec.head_dim)
+        angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+        tables[rope] = jnp.cos(angles), jnp.sin(angles)
+    return tables
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -129,16 +158,17 @@ class Compute:
     attention: str
 
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, LayerKind], jax.Array]
 """q [B,T,N,H], k and v [B,T,K,H] -> [B,T,N,H]: training's attention or the decoder's cache."""
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; biases and per-head norms only where the family has them."""
+    """Grouped-query attention; biases and norms of q and k only where the family has them."""
 
-    def __init__(self, spec: Spec, compute: Compute, rngs: nnx.Rngs):
-        self.spec, self.compute = spec, compute
-        n, d, q, kv, h = spec.layers, spec.embed, spec.heads, spec.kv_heads, spec.head_dim
+    def __init__(self, spec: Spec, stack: Stack, compute: Compute, rngs: nnx.Rngs):
+        self.spec, self.kind, self.compute = spec, stack.kind, compute
+        n, d, h = len(stack.layers), spec.embed, spec.head_dim
+        q, kv = spec.heads, spec.kv_heads
         dtype, std = compute.param_dtype, spec.init_std
         axes = ("layers", "embed", "heads", "head_dim")
         self.q = make_param(rngs, (n, d, q, h), axes, dtype, std)
@@ -155,37 +185,37 @@ class Attention(nnx.Module):
             self.v_bias = make_param(rngs, (n, kv, h), axes, dtype, 0)
         if spec.out_bias:
             self.o_bias = make_param(rngs, (n, d), ("layers", "norm"), dtype, 0)
-        if spec.qk_norm:
-            self.q_norm = make_param(rngs, (n, h), ("layers", "norm"), dtype, None)
-            self.k_norm = make_param(rngs, (n, h), ("layers", "norm"), dtype, None)
+        if spec.qk_norm == "head":
+            self.q_norm = make_norm(rngs, spec, (n, h), ("layers", "norm"), compute)
+            self.k_norm = make_norm(rngs, spec, (n, h), ("layers", "norm"), compute)
+        if spec.qk_norm == "width":
+            axes = ("layers", "heads", "head_dim")
+            self.q_norm = make_norm(rngs, spec, (n, q, h), axes, compute)
+            axes = ("layers", "kv_heads", "head_dim")
+            self.k_norm = make_norm(rngs, spec, (n, kv, h), axes, compute)
 
-    def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> jax.Array:
-        spec, dtype = self.spec, self.compute.dtype
-        q = project(x_BTD, weight(self.q, dtype))
-        k = project(x_BTD, weight(self.k, dtype))
-        v = project(x_BTD, weight(self.v, dtype))
-        if spec.qkv_bias:
-            q = q + self.q_bias[...].astype(dtype)
-            k = k + self.k_bias[...].astype(dtype)
-            v = v + self.v_bias[...].astype(dtype)
+    def __call__(self, x_BTD: jax.Array, ropes: Ropes, attend: Attend) -> jax.Array:
+        spec, rope = self.spec, ropes[self.kind.rope or self.spec.rope]
+        q, k, v = (linear(self, name, x_BTD) for name in ("q", "k", "v"))
         if spec.qk_norm:
-            q = rms_norm(q, self.q_norm, spec.rms_eps)
-            k = rms_norm(k, self.k_norm, spec.rms_eps)
-        out = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
-        out = project(checkpoint_name(out, ATTENTION), weight(self.o, dtype), 2)
-        if spec.out_bias:
-            out = out + self.o_bias[...].astype(dtype)
-        return out
+            q = rms_norm(q, self.q_norm, spec)
+            k = rms_norm(k, self.k_norm, spec)
+        out = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, self.kind)
+        return linear(self, "o", checkpoint_name(out, ATTENTION), 2)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, spec: Spec, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, spec: Spec, stack: Stack, compute: Compute, rngs: nnx.Rngs):
         self.spec, self.compute = spec, compute
-        n, d, f = spec.layers, spec.embed, spec.mlp
+        n, d, f = len(stack.layers), spec.embed, spec.mlp
         dtype, std = compute.param_dtype, spec.init_std
         self.gate = make_param(rngs, (n, d, f), ("layers", "embed", "mlp"), dtype, std)
         self.up = make_param(rngs, (n, d, f), ("layers", "embed", "mlp"), dtype, std)
@@ -196,38 +226,54 @@ class MLP(nnx.Module):
             self.down_bias = make_param(rngs, (n, d), ("layers", "norm"), dtype, 0)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dtype, biased = self.compute.dtype, self.spec.mlp_bias
-        gate = project(x_BTD, weight(self.gate, dtype))
-        up = project(x_BTD, weight(self.up, dtype))
-        if biased:
-            gate = gate + self.gate_bias[...].astype(dtype)
-            up = up + self.up_bias[...].astype(dtype)
-        out = project(jax.nn.silu(gate) * up, weight(self.down, dtype))
-        return out + self.down_bias[...].astype(dtype) if biased else out
+        gate, up = linear(self, "gate", x_BTD), linear(self, "up", x_BTD)
+        return linear(self, "down", ACTIVATIONS[self.spec.activation](gate) * up)
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and MLP with residuals. Holds all L layers' weights, stacked."""
+    """Attention and MLP with residuals, and the norms that the family has before and after them.
 
-    def __init__(self, spec: Spec, compute: Compute, rngs: nnx.Rngs):
+    Holds the weights of a stack's L layers.
+    """
+
+    def __init__(self, spec: Spec, stack: Stack, compute: Compute, rngs: nnx.Rngs):
         self.spec, self.compute = spec, compute
-        shape, axes, dtype = (spec.layers, spec.embed), ("layers", "norm"), compute.param_dtype
-        self.attention_norm = make_param(rngs, shape, axes, dtype, None)
-        self.attention = Attention(spec, compute, rngs)
-        self.mlp_norm = make_param(rngs, shape, axes, dtype, None)
-        self.mlp = MLP(spec, compute, rngs)
+        norm = functools.partial(
+            make_norm, rngs, spec, (len(stack.layers), spec.embed), ("layers", "norm"), compute
+        )
+        if spec.pre_norm:
+            self.attention_norm = norm()
+        self.attention = Attention(spec, stack, compute, rngs)
+        if spec.post_norm:
+            self.attention_post_norm = norm()
+        if spec.pre_norm:
+            self.mlp_norm = norm()
+        self.mlp = MLP(spec, stack, compute, rngs)
+        if spec.post_norm:
+            self.mlp_post_norm = norm()
 
-    def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, ropes: Ropes, attend: Attend) -> jax.Array:
         """One layer's output; self holds one layer's slice (no leading L)."""
-        eps = self.spec.rms_eps
+        spec = self.spec
         x = constrain(x_BTD, ("batch", None, None))
-        x = x + self.attention(rms_norm(x, self.attention_norm, eps), rope, attend)
+        y = rms_norm(x, self.attention_norm, spec) if spec.pre_norm else x
+        y = self.attention(y, ropes, attend)
+        x = x + (rms_norm(y, self.attention_post_norm, spec) if spec.post_norm else y)
         x = constrain(x, ("batch", None, None))
-        return x + self.mlp(rms_norm(x, self.mlp_norm, eps))
+        y = rms_norm(x, self.mlp_norm, spec) if spec.pre_norm else x
+        y = self.mlp(y)
+        return x + (rms_norm(y, self.mlp_post_norm, spec) if spec.post_norm else y)
 
 
-def segment_attend(segment_ids_BT: jax.Array, implementation: str) -> Attend:
+def segment_attend(spec: Spec, segment_ids_BT: jax.Array, implementation: str) -> Attend:
     """Training's attention: causal within each segment of a packed row."""
-    return lambda q, k, v: attention(q, k, v, segment_ids_BT, implementation=implementation)
+    return lambda q, k, v, kind: attention(
+        q,
+        k,
+        v,
+        segment_ids_BT,
+        implementation=implementation,
+        window=kind.window,
+        softcap=spec.attention_softcap,
+        scale=spec.attention_scale,
+    )

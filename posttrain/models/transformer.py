@@ -1,6 +1,6 @@
-"""The decoder: embedding, stacked layers under one scan, final norm, vocabulary head's kernel.
+"""The decoder: embedding, stacked layers under scans, final norm, vocabulary head's kernel.
 
-Shape suffixes: B rows, T positions, D embed, V vocabulary rows, L layers.
+Shape suffixes: B rows, T positions, D embed, V vocabulary rows, L layers of a stack.
 """
 
 from __future__ import annotations
@@ -11,59 +11,82 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from posttrain.models.attention import ATTENTION
 from posttrain.models.embedding import look_up
+from posttrain.models.head import soft_cap
 from posttrain.models.layers import (
+    Attend,
     Compute,
     Layer,
+    Ropes,
+    make_norm,
     make_param,
     rms_norm,
-    rope_angles,
+    rope_tables,
     segment_attend,
 )
-from posttrain.models.spec import ModelConfig, Spec
+from posttrain.models.score import segment_scores
+from posttrain.models.spec import ModelConfig, Spec, Stack
 from posttrain.sharding import constrain, named_sharding
 
 _POLICIES = jax.checkpoint_policies
-_MATMULS = _POLICIES.save_from_both_policies(
-    _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(ATTENTION)
-)
+_INPUT = "layer_input"  # what remat knows a layer's input by
 
 
-def _matmuls_and_attention(primitive: Any, *args: Any, **params: Any) -> Any:
-    # cudnn's kernel gives no name to what its backward pass reads
-    kernel = primitive.name.startswith("dot_product_attention_fwd")
-    return kernel or _MATMULS(primitive, *args, **params)
+def _with_attention(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """What `policy` keeps, and the results of attention."""
+    named = _POLICIES.save_from_both_policies(policy, _POLICIES.save_only_these_names(ATTENTION))
+
+    def keep(primitive: Any, *args: Any, **params: Any) -> Any:
+        # cudnn's kernel gives no name to what its backward pass reads
+        kernel = primitive.name.startswith("dot_product_attention_fwd")
+        return kernel or named(primitive, *args, **params)
+
+    return keep
 
 
 # What the backward pass keeps of each layer; the rest is computed again. With no policy at all a
 # scan would keep every intermediate, and a copy of each weight, gathered.
 REMAT: dict[str, Callable[..., Any]] = {
-    "none": _matmuls_and_attention,
+    "none": _with_attention(_POLICIES.dots_with_no_batch_dims_saveable),
     "full": _POLICIES.nothing_saveable,
+    "attention": _with_attention(_POLICIES.nothing_saveable),
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,
     "dots_batch": _POLICIES.dots_saveable,
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
 class Transformer(nnx.Module):
-    """A dense decoder (Llama, Qwen). Parameters: embedding [V, D], layers.* [L, ...],
-    final_norm [D] and, where the head is not tied, head [D, V]."""
+    """A decoder. Parameters: embedding [V, D], layers/<stack>/* [L, ...] (spec.stacks),
+    final_norm [D] and, where the head is not tied, head [D, V]; of a reward model score [D, 1]."""
 
     def __init__(self, spec: Spec, compute: Compute, rngs: nnx.Rngs):
         self.spec, self.compute = spec, compute
         dtype, std = compute.param_dtype, spec.init_std
         shape = (spec.vocab_rows, spec.embed)
         self.embedding = make_param(rngs, shape, ("vocab", "embed"), dtype, std)
-        self.layers = Layer(spec, compute, rngs)
-        self.final_norm = make_param(rngs, (spec.embed,), ("norm",), dtype, None)
-        if not spec.tied:
+        self.layers = nnx.Dict(
+            {name: Layer(spec, stack, compute, rngs) for name, stack in spec.stacks.items()}
+        )
+        self.final_norm = make_norm(rngs, spec, (spec.embed,), ("norm",), compute)
+        if spec.head == "score":
+            self.score = make_param(rngs, (spec.embed, 1), ("norm", "norm"), dtype, std)
+        elif not spec.tied:
             self.head = make_param(rngs, shape[::-1], ("embed", "vocab"), dtype, std)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Embedded tokens [B, T, D] in the compute dtype."""
+        """Embedded tokens [B, T, D], scaled, in the compute dtype."""
         x = look_up(self.embedding[...], tokens_BT, self.compute.dtype)
+        if self.spec.embed_scale != 1:
+            x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
         return constrain(x, ("batch", None, None))
 
     def hidden(
@@ -73,21 +96,40 @@ class Transformer(nnx.Module):
 
         positions restart in each segment; a segment sees itself alone; 0 is padding.
         """
-        rope = rope_angles(self.spec, positions_BT)
-        attend = segment_attend(segment_ids_BT, self.compute.attention)
-        graph, stacked = nnx.split(self.layers)
-
-        def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, layer)(x, rope, attend), None
-
-        policy = REMAT[self.compute.remat]
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(body, self.embed(tokens_BT), stacked)
+        ropes = rope_tables(self.spec, positions_BT)
+        attend = segment_attend(self.spec, segment_ids_BT, self.compute.attention)
+        x = self.embed(tokens_BT)
+        for group in self.spec.groups:
+            x = self._scan(group, x, ropes, attend)
         return self.normed(constrain(x, ("batch", None, None)))
+
+    def _scan(
+        self, group: tuple[Stack, ...], x_BTD: jax.Array, ropes: Ropes, attend: Attend
+    ) -> jax.Array:
+        """The layers of a group: each step of the scan is one period, each layer its own remat."""
+        split = [nnx.split(self.layers[stack.name]) for stack in group]
+        # XLA inlines a loop of one step, and could then keep what remat means to drop
+        once = len(group[0].layers) == 1
+
+        def period(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
+            for (graph, _), layer in zip(split, layers, strict=True):
+
+                def run(x: jax.Array, layer: nnx.State, graph: Any = graph) -> jax.Array:
+                    return nnx.merge(graph, layer)(checkpoint_name(x, _INPUT), ropes, attend)
+
+                policy = REMAT[self.compute.remat]
+                x = jax.checkpoint(run, policy=policy, prevent_cse=once)(x, layer)
+            return x, None
+
+        return jax.lax.scan(period, x_BTD, tuple(state for _, state in split))[0]
 
     def normed(self, x_BTD: jax.Array) -> jax.Array:
         """The final norm."""
-        return rms_norm(x_BTD, self.final_norm, self.spec.rms_eps)
+        return rms_norm(x_BTD, self.final_norm, self.spec)
+
+    def scores(self, hidden_BTD: jax.Array, segment_ids_BT: jax.Array, segments: int) -> jax.Array:
+        """A reward model's value of each segment, float32 [B, S]; 0 where there is none."""
+        return segment_scores(hidden_BTD, self.score[...], segment_ids_BT, segments)
 
     def head_kernel(self) -> jax.Array:
         """[D, V] in the weights' dtype; the embedding transposed where the head is tied."""
@@ -99,7 +141,8 @@ class Transformer(nnx.Module):
         """All logits, float32 [B, T, vocab_size]: for tests and small inputs alone."""
         x = self.hidden(tokens_BT, positions_BT, segment_ids_BT)
         kernel = self.head_kernel()[:, : self.spec.vocab_size].astype(self.compute.dtype)
-        return jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.spec.final_softcap)
 
 
 def compute_of(cfg: ModelConfig) -> Compute:

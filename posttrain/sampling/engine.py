@@ -21,7 +21,9 @@ import numpy as np
 from flax import nnx
 
 from posttrain.models.attention import cached_attention
-from posttrain.models.layers import rope_angles, segment_attend
+from posttrain.models.head import soft_cap
+from posttrain.models.layers import rope_tables, segment_attend
+from posttrain.models.spec import LayerKind
 from posttrain.models.transformer import Transformer
 from posttrain.sampling.sampler import Choice, choose
 from posttrain.sharding import batch_shards, constrain, replicated
@@ -48,7 +50,7 @@ class _Static:
     """What compiled programs are made for, beside shapes."""
 
     trunk: nnx.GraphDef  # embedding, final norm, head
-    layer: nnx.GraphDef
+    layers: tuple[nnx.GraphDef, ...]
     greedy: bool
     filtered: bool
 
@@ -173,17 +175,28 @@ def _replicate(mesh: jax.sharding.Mesh, x: np.ndarray) -> jax.Array:
 
 
 def _unstack(model: Transformer) -> tuple[Any, Any]:
-    """((trunk's graph, one layer's graph), (trunk's state, a state a layer))."""
-    layer_graph, stacked = nnx.split(model.layers)
+    """((trunk's graph, each layer's graph), (trunk's state, each layer's state))."""
+    graphs, stacks = {}, {}
+    for name in model.spec.stacks:
+        graphs[name], stacks[name] = nnx.split(model.layers[name])
     trunk = nnx.merge(*nnx.split(model))  # a copy, to take the layers out of
     del trunk.layers
     trunk_graph, trunk_state = nnx.split(trunk)
-    weights = _cut(trunk_state, stacked, layers=model.spec.layers, dtype=model.compute.dtype)
-    return (trunk_graph, layer_graph), weights
+    # (stack, index in it) of each layer, in the model's order
+    places = {n: (s.name, i) for s in model.spec.stacks.values() for i, n in enumerate(s.layers)}
+    order = tuple(places[n] for n in range(model.spec.layers))
+    weights = _cut(trunk_state, stacks, order=order, dtype=model.compute.dtype)
+    return (trunk_graph, tuple(graphs[name] for name, _ in order)), weights
 
 
-@functools.partial(jax.jit, static_argnames=("layers", "dtype"))
-def _cut(trunk: nnx.State, stacked: nnx.State, *, layers: int, dtype: Any) -> Any:
+@functools.partial(jax.jit, static_argnames=("order", "dtype"))
+def _cut(
+    trunk: nnx.State,
+    stacks: dict[str, nnx.State],
+    *,
+    order: tuple[tuple[str, int], ...],
+    dtype: Any,
+) -> Any:
     """Weights in the compute dtype, to which the forward pass casts too; norms stay as they are."""
 
     def one(path: Any, param: Any, layer: int | None) -> Any:
@@ -201,17 +214,17 @@ def _cut(trunk: nnx.State, stacked: nnx.State, *, layers: int, dtype: Any) -> An
             is_leaf=lambda x: isinstance(x, nnx.Variable),
         )
 
-    return each(trunk, None), tuple(each(stacked, i) for i in range(layers))
+    return each(trunk, None), tuple(each(stacks[name], i) for name, i in order)
 
 
 def _layers(
     weights: Any, x_BTD: jax.Array, positions_BT: jax.Array, static: _Static, attend: Any
 ) -> jax.Array:
-    """All layers, unrolled, and the final norm. attend(i, q, k, v): attention of layer i."""
+    """All layers, unrolled, and the final norm. attend(i, q, k, v, kind): attention of layer i."""
     trunk = nnx.merge(static.trunk, weights[0])
-    rope = rope_angles(trunk.spec, positions_BT)
-    for i, layer in enumerate(weights[1]):
-        x_BTD = nnx.merge(static.layer, layer)(x_BTD, rope, functools.partial(attend, i))
+    ropes = rope_tables(trunk.spec, positions_BT)
+    for i, (graph, layer) in enumerate(zip(static.layers, weights[1], strict=True)):
+        x_BTD = nnx.merge(graph, layer)(x_BTD, ropes, functools.partial(attend, i))
     return trunk.normed(x_BTD)
 
 
@@ -221,6 +234,7 @@ def _next_logits(weights: Any, hidden_BD: jax.Array, static: _Static) -> jax.Arr
     kernel = trunk.head_kernel().astype(hidden_BD.dtype)
     logits = jnp.einsum("bd,dv->bv", hidden_BD, kernel, preferred_element_type=jnp.float32)
     real = jnp.arange(logits.shape[1]) < trunk.spec.vocab_size
+    logits = soft_cap(logits, trunk.spec.final_softcap)
     return constrain(jnp.where(real, logits, -jnp.inf), ("batch", None))
 
 
@@ -232,15 +246,16 @@ def _prefill(
     """Runs the prompts (padded on the right) and leaves the rows ready to draw a token."""
     rows, width = tokens_BP.shape
     positions = jnp.broadcast_to(jnp.arange(width), tokens_BP.shape)
-    own = segment_attend((positions < lengths[:, None]).astype(jnp.int32), "reference")
+    trunk = nnx.merge(static.trunk, weights[0])
+    own = segment_attend(trunk.spec, (positions < lengths[:, None]).astype(jnp.int32), "reference")
     caches: dict[int, tuple[jax.Array, jax.Array]] = {}
 
-    def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array, kind: LayerKind) -> jax.Array:
         room = ((0, 0), (0, slots - width), (0, 0), (0, 0))
         caches[i] = (_pin(jnp.pad(k, room)), _pin(jnp.pad(v, room)))
-        return own(q, k, v)
+        return own(q, k, v, kind)
 
-    x = nnx.merge(static.trunk, weights[0]).embed(tokens_BP)
+    x = trunk.embed(tokens_BP)
     hidden = _layers(weights, x, positions, static, attend)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _Rows(
@@ -294,16 +309,24 @@ def _advance(weights: Any, s: _Rows, token: jax.Array, stops: jax.Array, static:
     length = jnp.where(s.done, s.lengths, s.lengths + 1)
     done = s.done | jnp.isin(token, stops) | (length >= s.ends)
     at = jnp.minimum(s.lengths, s.caches[0][0].shape[1] - 1)  # done rows write where none looks
-    caches = list(s.caches)
+    caches, trunk = list(s.caches), nnx.merge(static.trunk, weights[0])
 
-    def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array, kind: LayerKind) -> jax.Array:
         rows = jnp.arange(at.shape[0])
         keys = _pin(caches[i][0].at[rows, at].set(k[:, 0]))
         values = _pin(caches[i][1].at[rows, at].set(v[:, 0]))
         caches[i] = (keys, values)
-        return cached_attention(q, keys, values, at)
+        return cached_attention(
+            q,
+            keys,
+            values,
+            at,
+            window=kind.window,
+            softcap=trunk.spec.attention_softcap,
+            scale=trunk.spec.attention_scale,
+        )
 
-    x = nnx.merge(static.trunk, weights[0]).embed(token[:, None])
+    x = trunk.embed(token[:, None])
     hidden = _layers(weights, x, at[:, None], static, attend)
     logits = _next_logits(weights, hidden[:, 0], static)
     return _Rows(tuple(caches), logits, length, s.ends, done, s.steps + 1)

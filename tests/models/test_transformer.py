@@ -28,23 +28,23 @@ def rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tokens, np.tile(positions, (8, 1)), np.tile(segments, (8, 1))
 
 
-def hidden(model: Model, *rows: np.ndarray) -> np.ndarray:
-    function = jax.jit(lambda state, *rows: nnx.merge(model.graph, state).hidden(*rows))
-    return np.asarray(function(model.state, *rows))
-
-
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_packed_segments_equal_rows_of_their_own(
     tmp_path: Path, name: str, rows: tuple[np.ndarray, ...]
 ) -> None:
     tokens, positions, segments = rows
     model = open_tiny(tmp_path, name, mesh_of(1, 1, 1))
-    packed = hidden(model, tokens, positions, segments)
+    compiled = jax.jit(lambda state, *rows: nnx.merge(model.graph, state).hidden(*rows))
+
+    def hidden(*rows: np.ndarray) -> np.ndarray:
+        return np.asarray(compiled(model.state, *rows))
+
+    packed = hidden(tokens, positions, segments)
     for segment in (1, 2, 3):
         at = segments[0] == segment
         alone = np.zeros((8, 24), np.int32)
         alone[:, : at.sum()] = tokens[:, at]
-        own = hidden(model, alone, np.tile(np.arange(24), (8, 1)), np.ones((8, 24), np.int32))
+        own = hidden(alone, np.tile(np.arange(24, dtype=np.int32), (8, 1)), np.ones_like(alone))
         np.testing.assert_allclose(packed[:, at], own[:, : at.sum()], atol=1e-5)
     assert packed[:, segments[0] > 0].std() > 0.1
 
@@ -86,14 +86,15 @@ def test_every_mesh_gives_the_same_weights_loss_and_gradients(
         model = open_tiny(tmp_path, "qwen3", mesh)
         found = loss_and_grads(model, rows)
     assert_same(found, on_one_device)
-    layout = dict(flat_params(model.state))["layers/mlp/gate"].sharding.spec
+    layout = dict(flat_params(model.state))["layers/0/mlp/gate"].sharding.spec
     assert layout == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
 
 
+@pytest.mark.parametrize("remat", ["dots", "attention", "offload"])
 def test_remat_changes_nothing_but_memory(
-    tmp_path: Path, rows: tuple[np.ndarray, ...], on_one_device: Any
+    tmp_path: Path, rows: tuple[np.ndarray, ...], on_one_device: Any, remat: str
 ) -> None:
-    model = open_tiny(tmp_path, "qwen3", mesh_of(1, 1, 1), remat="dots")
+    model = open_tiny(tmp_path, "qwen3", mesh_of(1, 1, 1), remat=remat)
     assert_same(loss_and_grads(model, rows), on_one_device)
 
 
@@ -104,9 +105,10 @@ def test_every_remat_name_of_the_config_is_a_policy() -> None:
 def test_remat_keeps_what_it_says_and_no_weights(
     tmp_path: Path, rows: tuple[np.ndarray, ...]
 ) -> None:
-    """none: q, k, v, attention, its projection, gate and up of each token beside full's inputs."""
+    """none: q, k, v, attention, its projection, gate and up of each token beside full's inputs;
+    attention: its result alone."""
     kept, spec = {}, None
-    for remat in ("none", "full"):
+    for remat in ("none", "full", "attention"):
         model = open_tiny(tmp_path, "llama", mesh_of(1, 1, 1), remat=remat)
         spec = model.spec
 
@@ -118,19 +120,27 @@ def test_remat_keeps_what_it_says_and_no_weights(
     assert spec is not None
     widths = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim + spec.embed + 2 * spec.mlp
     assert kept["none"] - kept["full"] == spec.layers * rows[0].size * widths
+    attention = spec.heads * spec.head_dim
+    assert kept["attention"] - kept["full"] == spec.layers * rows[0].size * attention
 
 
-def test_bias_leaves_only_where_the_family_has_them(tmp_path: Path) -> None:
+def test_biases_and_norms_only_where_the_family_has_them(tmp_path: Path) -> None:
     mesh = mesh_of(1, 1, 1)
     leaves = {
         name: {p for p, _ in flat_params(open_tiny(tmp_path, name, mesh).state)} for name in CONFIGS
     }
-    extra = {"q_bias", "k_bias", "v_bias", "q_norm", "k_norm"}
-    own = {name: {p.split("/")[-1] for p in paths} & extra for name, paths in leaves.items()}
+    always = {"q", "k", "v", "o", "gate", "up", "down", "embedding", "final_norm", "head"}
+    own = {name: {p.split("/")[-1] for p in paths} - always for name, paths in leaves.items()}
+    pre, post = {"attention_norm", "mlp_norm"}, {"attention_post_norm", "mlp_post_norm"}
     assert own == {
-        "llama": set(),
-        "qwen2": {"q_bias", "k_bias", "v_bias"},
-        "qwen3": {"q_norm", "k_norm"},
+        "llama": pre,
+        "qwen2": pre | {"q_bias", "k_bias", "v_bias"},
+        "qwen3": pre | {"q_norm", "k_norm"},
+        "mistral": pre,
+        "gemma2": pre | post,
+        "gemma3_text": pre | post | {"q_norm", "k_norm"},
+        "phi3": pre,
+        "olmo2": post | {"q_norm", "k_norm"},
     }
     assert "head" in leaves["llama"]
     assert "head" not in leaves["qwen2"]
@@ -144,9 +154,9 @@ def test_random_weights_follow_seed_and_width(tmp_path: Path) -> None:
     )
     assert all((one[p] == same[p]).all() for p in one)
     assert not (one["embedding"] == other["embedding"]).any()
-    assert not (one["layers/mlp/gate"] == one["layers/mlp/up"]).any()
-    assert float(one["layers/attention/q"].std()) == pytest.approx(0.15, rel=0.05)
-    assert (one["layers/mlp_norm"] == 1).all()
+    assert not (one["layers/0/mlp/gate"] == one["layers/0/mlp/up"]).any()
+    assert float(one["layers/0/attention/q"].std()) == pytest.approx(0.15, rel=0.05)
+    assert (one["layers/0/mlp_norm"] == 1).all()
 
 
 def test_bfloat16_compute_keeps_float32_weights_and_gradients(

@@ -25,10 +25,36 @@ _SHARED = {
     # wide, so that logits of random weights are far from uniform
     "initializer_range": 0.15,
 }
+_GEMMA = {k: v for k, v in _SHARED.items() if k != "hidden_act"} | {
+    "hidden_activation": "gelu_pytorch_tanh"
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False, **_SHARED},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, **_SHARED},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 24, **_SHARED},
+    "mistral": {"model_type": "mistral", "sliding_window": 5, **_SHARED},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 6.0,
+        **_GEMMA,
+    },
+    # a period of two, twice, and a layer more
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 5,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 100.0,
+        **_GEMMA,
+        "num_hidden_layers": 5,
+    },
+    "phi3": {"model_type": "phi3", "tie_word_embeddings": False, **_SHARED},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, **_SHARED},
 }
 MESHES = [(1, 1, 1), (2, 4, 1), (1, 4, 2), (1, 1, 8)]
 

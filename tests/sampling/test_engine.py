@@ -17,6 +17,7 @@ from posttrain.models.spec import ModelConfig
 from posttrain.sampling import engine
 from posttrain.sampling.engine import Completion, Engine
 from posttrain.sharding import MeshConfig, make_mesh
+from tests.models.tiny import open_tiny
 
 CONFIG = {
     "model_type": "qwen3",
@@ -91,6 +92,19 @@ def test_log_probs_equal_a_full_forward_pass(model: Any, temperature: float) -> 
     options = {"max_new_tokens": 12, "temperature": temperature, "seed": 1}
     for prompt, found in zip(PROMPTS, Engine(model).generate(PROMPTS, **options), strict=True):
         assert len(found.tokens) == 12
+        want = full_logps(model, prompt + found.tokens)[len(prompt) - 1 :]
+        np.testing.assert_allclose(found.logps, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_windows_caps_and_ropes_hold_in_decoding(tmp_path: Path, name: str) -> None:
+    """Prompts and texts longer than the window of 5, on either side of it."""
+    opened = open_tiny(tmp_path, name, mesh_of(1, 1, 1))
+    model = nnx.merge(opened.graph, opened.state)
+    prompts = [[7, 3], list(range(20))]
+    for prompt, found in zip(
+        prompts, Engine(model).generate(prompts, max_new_tokens=12, temperature=1.0), strict=True
+    ):
         want = full_logps(model, prompt + found.tokens)[len(prompt) - 1 :]
         np.testing.assert_allclose(found.logps, want, atol=1e-5)
 

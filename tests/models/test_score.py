@@ -1,0 +1,104 @@
+"""The scalar head: read at each segment's last token, however a row is padded or packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from posttrain.models import hf
+from posttrain.models.score import segment_scores
+from posttrain.models.spec import ModelConfig
+from tests.models.tiny import mesh_of, write_config
+
+LENGTHS = [5, 17, 1, 9]
+
+
+def by_loop(hidden: np.ndarray, w: np.ndarray, segments: np.ndarray, count: int) -> np.ndarray:
+    found = np.zeros((len(hidden), count))
+    for b, row in enumerate(segments):
+        for t, number in enumerate(row):
+            if number:
+                found[b, number - 1] = hidden[b, t].astype(np.float64) @ w[:, 0].astype(np.float64)
+    return found
+
+
+def test_scores_are_those_of_the_last_tokens_and_only_they_have_a_gradient() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        [1, 1, 1, 2, 2, 3, 0, 0],  # packed, padding on the right
+        [0, 0, 0, 1, 1, 1, 1, 1],  # padding on the left
+        [1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 1, 0, 0, 2, 2, 0, 0],  # on both, and between
+        [0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    segments = np.array(rows, np.int32)
+    hidden = rng.normal(size=(5, 8, 6)).astype(np.float32)
+    w = rng.normal(size=(6, 1)).astype(np.float32)
+    found = segment_scores(jnp.asarray(hidden), jnp.asarray(w), jnp.asarray(segments), 4)
+    np.testing.assert_allclose(found, by_loop(hidden, w, segments, 4), rtol=1e-5, atol=1e-6)
+    assert found.dtype == jnp.float32
+    total = lambda h: segment_scores(h, jnp.asarray(w), jnp.asarray(segments), 4).sum()  # noqa: E731
+    touched = np.asarray(jax.grad(total)(jnp.asarray(hidden))).any(-1)
+    ends = [(0, 2), (0, 4), (0, 5), (1, 7), (2, 7), (3, 1), (3, 5)]
+    assert [tuple(at) for at in np.argwhere(touched)] == ends
+
+
+def test_hidden_states_in_bfloat16_are_not_rounded_again() -> None:
+    """Their product is float32: two near rewards stay apart."""
+    hidden = jnp.ones((1, 2, 512), jnp.bfloat16).at[0, 1, 0].set(1.0078125)
+    w = jnp.full((512, 1), 0.3, jnp.float32)
+    scores = segment_scores(hidden, w, jnp.array([[1, 2]]), 2)[0]
+    assert float(scores[1] - scores[0]) == pytest.approx(0.3 * 0.0078125, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> hf.Model:
+    folder = write_config(tmp_path_factory.mktemp("model"), "llama")
+    cfg = ModelConfig(
+        path=str(folder), dtype="float32", remat="none", vocab_multiple=1, random_init=True
+    )
+    return hf.open_model(cfg, mesh_of(1, 1, 1), head="score", new_head=True)
+
+
+def scores(model: hf.Model, rows: list[list[tuple[int, int]]], width: int) -> np.ndarray:
+    """[rows, S]. A row lists its segments: (which of LENGTHS, where it begins)."""
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(0, 160, n) for n in LENGTHS]
+    texts[1][-1] = 0  # ends with the token that pads
+    tokens, positions, segments = np.zeros((3, len(rows), width), np.int32)
+    for b, row in enumerate(rows):
+        for s, (which, start) in enumerate(row):
+            place = slice(start, start + LENGTHS[which])
+            tokens[b, place] = texts[which]
+            positions[b, place] = np.arange(LENGTHS[which])
+            segments[b, place] = s + 1
+
+    def run(state: Any) -> jax.Array:
+        network = nnx.merge(model.graph, state)
+        return network.scores(network.hidden(tokens, positions, segments), jnp.asarray(segments), 4)
+
+    return np.asarray(jax.jit(run)(model.state))
+
+
+def test_packed_or_padded_on_either_side_a_text_has_one_score(model: hf.Model) -> None:
+    """As a row of its own, with nothing else, is what all others must equal."""
+    want = [scores(model, [[(i, 0)]], LENGTHS[i])[0, 0] for i in range(4)]
+    assert np.std(want) > 0.05
+    right = scores(model, [[(i, 0)] for i in range(4)], 20)[:, 0]
+    left = scores(model, [[(i, 20 - LENGTHS[i])] for i in range(4)], 20)[:, 0]
+    packed = scores(model, [[(3, 0), (1, 9), (2, 26), (0, 27)]], 40)[0, [3, 1, 2, 0]]
+    for name, found in {"right": right, "left": left, "packed": packed}.items():
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_head_takes_the_place_of_the_vocabularys(model: hf.Model, tmp_path: Path) -> None:
+    flat = dict(hf.flat_params(model.state))
+    assert flat["score"].shape == (64, 1)
+    assert "head" not in flat
+    assert model.spec.parameters == sum(x.size for x in flat.values())
