@@ -20,6 +20,8 @@ from types import ModuleType
 JOBS = {
     "sft": ("posttrain.jobs.sft", "supervised fine-tuning on conversations"),
     "preference": ("posttrain.jobs.preference", "preference optimisation on pairs of answers"),
+    "reward_model": ("posttrain.jobs.reward_model", "a model that scores answers, from pairs"),
+    "score": ("posttrain.jobs.score", "rows of answers -> the same rows with their scores"),
     "data": ("posttrain.jobs.data", "prepare, preview or check training data"),
     "convert": ("posttrain.jobs.convert", "model folder or run -> Hugging Face model folder"),
     "chat": ("posttrain.jobs.chat", "talk to a model in the terminal"),

@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import field_validator
 
 from posttrain.config import Config, runtime
-from posttrain.types import Mean
+from posttrain.types import Extremes, Mean
 
 Metrics = dict[str, Any]
-"""What a step reports, on device: name -> Mean or scalar."""
+"""What a step reports, on device: name -> Mean, Extremes or scalar."""
 SUPERSEDED = "metrics.superseded.jsonl"
 
 
@@ -46,7 +46,8 @@ class LogConfig(Config):
 def flatten(metrics: Mapping[str, Any], source_names: list[str]) -> dict[str, float]:
     """Device metrics fetched to the host -> plain numbers; "loss_by_source" -> loss/<name>.
 
-    A Mean over nothing (a source with no token in this step) is left out: it has no value.
+    What is of nothing (the Mean of a source with no token in this step) is left out: it has no
+    value.
     """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
@@ -56,6 +57,9 @@ def flatten(metrics: Mapping[str, Any], source_names: list[str]) -> dict[str, fl
         elif isinstance(value, Mean):
             if value.count > 0:
                 flat[name] = float(value.value)
+        elif isinstance(value, Extremes):
+            if not value.low > value.high:
+                flat |= {f"min_{name}": float(value.low), f"max_{name}": float(value.high)}
         else:
             flat[name] = float(value)
     return flat

@@ -29,11 +29,16 @@ class TrainConfig(Config):
         return self
 
 
-class EvalConfig(Config):
+class HeldOutConfig(Config):
     """Held-out sets, each measured under its own name. Nothing of it changes the training."""
 
     sets: Sources = runtime({}, help="name -> source, as in data.sources")
     every: int | None = runtime(None, gt=0, help="steps between evaluations; none = at the end")
+
+
+class EvalConfig(HeldOutConfig):
+    """The same of a model that also writes, with answers of its own."""
+
     samples: int = runtime(2, ge=0, help="answers generated per set and evaluation, written down")
     max_new_tokens: int = runtime(128, gt=0, help="longest generated answer")
     temperature: float = runtime(0.0, ge=0, help="of generated answers; 0 = greedy")

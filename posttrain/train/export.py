@@ -16,9 +16,18 @@ from posttrain.train.model import Model
 def export(cfg: Any, model: Model, plan: Plan, params: Any) -> None:
     """<run_dir>/export: weights, config, tokenizer, template, generation config, model card."""
     folder = Path(cfg.run_dir) / "export"
-    stop_ids = model.chat.stop_ids
+    scores = model.spec.head == "score"
+    stop_ids, tokenizer = model.chat.stop_ids, model.tokenizer
+    if scores:  # transformers finds the last token of a text by the padding that follows it
+        tokenizer = tokenizer.padding_apart(stop_ids)
     hf.save(
-        folder, model.spec, params, model.tokenizer, dtype=cfg.model.param_dtype, stop_ids=stop_ids
+        folder,
+        model.spec,
+        params,
+        tokenizer,
+        dtype=cfg.model.param_dtype,
+        stop_ids=() if scores else stop_ids,
+        pad_id=tokenizer.pad_id if scores else None,
     )
     if is_primary():
         model.chat.save(folder)
@@ -29,6 +38,7 @@ def export(cfg: Any, model: Model, plan: Plan, params: Any) -> None:
 METHODS = {
     "sft": "Supervised fine-tuning (posttrain sft)",
     "preference": "Preference optimisation (posttrain preference, {loss})",
+    "reward_model": "Reward model (posttrain reward_model, {loss})",
 }
 """By job, what the model card calls it."""
 
@@ -40,6 +50,15 @@ def _model_card(cfg: Any, model: Model, plan: Plan) -> str:
     )
     config = plain_dict(cfg)
     method = METHODS[cfg.job].format(loss=config["loss"]["type"])
+    use = (
+        "Conversations are rendered by the chat template in this folder; generation ends at the "
+        "tokens\n`eos_token_id` of generation_config.json."
+    )
+    if model.spec.head == "score":
+        use = (
+            "Conversations, the answer included, are rendered by the chat template in this folder; "
+            "the logit\nis the reward. What means something is its difference between two answers."
+        )
     return f"""---
 library_name: transformers
 base_model: {cfg.model.path}
@@ -53,8 +72,7 @@ turns ({cfg.chat.train_on}) of
 
 {sources}
 
-Conversations are rendered by the chat template in this folder; generation ends at the tokens
-`eos_token_id` of generation_config.json. The run's config:
+{use} The run's config:
 
 ```yaml
 {to_yaml(config).strip()}

@@ -30,7 +30,7 @@ from posttrain.train.offline import OfflineSource
 from posttrain.train.state import TrainState
 from posttrain.train.throughput import PEAK_TFLOPS, StepSize, train_flops
 
-WATCHED = ("rewards/accuracies", "rewards/margins")
+WATCHED = ("rewards/accuracies", "rewards/margins", "accuracy", "margin")
 """Metrics that the terminal shows beside the loss, where there are any."""
 PREEMPTED = 75
 """Exit code of a run that was told to stop and saved: start it again and it goes on."""

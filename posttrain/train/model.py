@@ -13,7 +13,7 @@ from flax import nnx
 from posttrain.chat.template import ChatTemplate
 from posttrain.chat.tokenizer import Tokenizer
 from posttrain.models import hf
-from posttrain.models.spec import Spec
+from posttrain.models.spec import HeadName, Spec
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Model:
     params: Any
     tokenizer: Tokenizer
     chat: ChatTemplate
+    new_head: bool = False  # the folder has no score head: it is random
 
 
 def use_compile_cache() -> None:
@@ -37,8 +38,13 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "posttrain" / "compiled"))
 
 
-def open_model(cfg: Any, mesh: jax.sharding.Mesh) -> Model:
-    """Weights straight onto the mesh. Reads the sections model and chat of cfg."""
+def open_model(
+    cfg: Any, mesh: jax.sharding.Mesh, *, head: HeadName = "lm", new_head: bool = False
+) -> Model:
+    """Weights straight onto the mesh. Reads the sections model and chat of cfg.
+
+    head, new_head: as posttrain.models.hf.open_model takes them.
+    """
     folder = hf.local_folder(cfg.model.path)
     tokenizer = Tokenizer.load(folder)
     size = tokenizer.size
@@ -46,7 +52,12 @@ def open_model(cfg: Any, mesh: jax.sharding.Mesh) -> Model:
         tokenizer = tokenizer.with_added_tokens(list(cfg.model.new_tokens))
     chat = ChatTemplate.load(folder, tokenizer, cfg.chat)
     loaded = hf.open_model(
-        cfg.model, mesh, tokenizer_size=tokenizer.size, new_ids=range(size, tokenizer.size)
+        cfg.model,
+        mesh,
+        tokenizer_size=tokenizer.size,
+        new_ids=range(size, tokenizer.size),
+        head=head,
+        new_head=new_head,
     )
     params = nnx.to_pure_dict(loaded.state)
-    return Model(folder, loaded.spec, loaded.graph, params, tokenizer, chat)
+    return Model(folder, loaded.spec, loaded.graph, params, tokenizer, chat, loaded.new_head)

@@ -17,6 +17,7 @@ from posttrain.data.prepare import prepare
 from posttrain.models.nested import Rule, split
 from posttrain.train.evaluate import HeldOut
 from posttrain.train.model import Model
+from posttrain.train.rewards import HeldOutPairs, score_step_fn
 from posttrain.train.starting import restored
 from posttrain.train.state import abstract
 from posttrain.train.step import Forward, eval_step_fn
@@ -55,15 +56,19 @@ class Parts:
             sources=sources,
         )
 
-    def held_out(self) -> list[HeldOut]:
+    def held_out(self) -> list[HeldOut | HeldOutPairs]:
         """Each evaluation set: one epoch, in order, laid out as training's batches are."""
-        sets = []
+        sets: list[HeldOut | HeldOutPairs] = []
         for name, source in self.cfg.eval.sets.items():
             data = self.cfg.data.model_copy(update={"sources": {name: source}})
             cache = self.prepare(data, "eval.sets")
             batch = self.cfg.batch.model_copy(update={"order": "sequential"})
             plan = self.plan(cache, data, batch, epochs=1)
-            sets.append(HeldOut(name, cache, plan, eval_step_fn(self.forward(plan, 1))))
+            forward = self.forward(plan, 1)
+            if self.model.spec.head == "score":
+                sets.append(HeldOutPairs(name, cache, plan, score_step_fn(forward)))
+            else:
+                sets.append(HeldOut(name, cache, plan, eval_step_fn(forward)))
         return sets
 
     def prepare(self, data: DataConfig, section: str) -> Cache:

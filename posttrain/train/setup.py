@@ -21,6 +21,7 @@ from posttrain.data.cache import Cache
 from posttrain.data.plan import Plan
 from posttrain.metrics import Writer
 from posttrain.models.nested import join
+from posttrain.models.spec import HeadName
 from posttrain.sampling import engine
 from posttrain.train import evaluate, loop
 from posttrain.train.config import EvalConfig
@@ -30,6 +31,7 @@ from posttrain.train.model import Model, open_model, use_compile_cache
 from posttrain.train.offline import OfflineSource, step_size
 from posttrain.train.parts import Parts
 from posttrain.train.reference import ReferenceMode, References, make_references
+from posttrain.train.rewards import HeldOutPairs
 from posttrain.train.starting import keep_frozen
 from posttrain.train.state import TrainState, abstract, new_state
 from posttrain.train.step import train_step_fn
@@ -43,19 +45,25 @@ def run(
     *,
     kind: DataKind = "samples",
     reference: ReferenceMode | None = None,
+    head: HeadName = "lm",
 ) -> int:
     """A whole run of an offline job, on all devices or those given; its exit code.
 
-    cfg: the Config of posttrain.jobs.sft or of posttrain.jobs.preference. kind: what its data are.
-    reference: where the log-probs of the parameters that training starts from
-    come from, of which the loss may make use; None: there are none.
+    cfg: the Config of posttrain.jobs.sft, preference or reward_model. kind: what its data are.
+    reference: where the log-probs of the parameters that training starts from come from, of which
+    the loss may make use; None: there are none. head: what the model ends in; a score head that
+    its folder lacks is made.
     """
     with loop.stops_at_once():
-        return _run(cfg, devices, kind, reference)
+        return _run(cfg, devices, kind, reference, head)
 
 
 def _run(
-    cfg: Any, devices: Sequence[Any] | None, kind: DataKind, mode: ReferenceMode | None
+    cfg: Any,
+    devices: Sequence[Any] | None,
+    kind: DataKind,
+    mode: ReferenceMode | None,
+    head: HeadName,
 ) -> int:
     began = time.monotonic()
     sharding.init_distributed(cfg.distributed)
@@ -65,9 +73,11 @@ def _run(
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         if cfg.checkpoint.init_from and not resuming:  # asked before anything slow is done
             checkpoint.find_checkpoint(cfg.checkpoint.init_from)
-        parts = Parts(cfg, mesh, open_model(cfg, mesh), kind)
+        parts = Parts(cfg, mesh, open_model(cfg, mesh, head=head, new_head=True), kind)
         parts.split(parts.model.params)  # refuses patterns that name nothing before data are read
         _refuse_long_rows(cfg.data.seq_len, parts.model)
+        if head == "score" and cfg.export:  # what the export would refuse, before training
+            parts.model.tokenizer.padding_apart(parts.model.chat.stop_ids)
         cache = parts.prepare(cfg.data, "data.sources")
         checkpoint.same_data(cfg.run_dir, cache.content, resuming)
         steps, epochs = cfg.train.steps, cfg.train.epochs or 1
@@ -184,7 +194,7 @@ def _say(
         *([split] if split else []),
         f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {shape}",
         plan.describe(),
-        f"vocabulary head: at most {plan.head_budget():,} trained tokens in a shard's rows",
+        _head_line(model, plan),
         *(f"learning rate: {warning}" for warning in optim.warnings(cfg.optim, plan.steps)),
         f"{'continuing at' if start else 'starting at'} step {start}, "
         f"{time.monotonic() - began:.1f} s after the start",
@@ -192,11 +202,22 @@ def _say(
         print(line, flush=True)
 
 
-def _evaluation(parts: Parts, sets: Sequence[HeldOut], references: References, frozen: Any) -> Any:
+def _head_line(model: Model, plan: Plan) -> str:
+    if model.spec.head == "lm":
+        return f"vocabulary head: at most {plan.head_budget():,} trained tokens in a shard's rows"
+    if model.new_head:
+        return f"score head: new, random with standard deviation {model.spec.init_std:g}"
+    return "score head: the model's"
+
+
+def _evaluation(
+    parts: Parts, sets: Sequence[HeldOut | HeldOutPairs], references: References, frozen: Any
+) -> Any:
     cfg: EvalConfig = parts.cfg.eval
     stores = references.stores[1:]
     sets = [
-        dataclasses.replace(held, reference=store) for held, store in zip(sets, stores, strict=True)
+        dataclasses.replace(held, reference=store) if isinstance(held, HeldOut) else held
+        for held, store in zip(sets, stores, strict=True)
     ]
     tokenizer = parts.model.tokenizer
 
@@ -215,7 +236,7 @@ def _evaluation(parts: Parts, sets: Sequence[HeldOut], references: References, f
         params = join(state.params, frozen)
         for held_out in sets:
             found |= held_out.measure(params, parts.mesh, references.live)
-            if cfg.samples:
+            if isinstance(held_out, HeldOut) and cfg.samples:
                 path = parts.cfg.run_dir / "samples" / f"{step}_{held_out.name}.jsonl"
                 evaluate.write_samples(path, held_out, tokenizer, cfg, generate, params)
         return found

@@ -14,6 +14,7 @@ from typing import Any
 from posttrain import checkpoint
 from posttrain.checkpoint import is_primary
 from posttrain.config_yaml import read_file
+from posttrain.models.lora import is_adapter
 from posttrain.models.nested import flat, join, split
 from posttrain.train.reference_store import fingerprint
 
@@ -42,22 +43,32 @@ def restored(source: str, layout: Any, base: Callable[[], Any]) -> Any:
     """The parameters of a checkpoint (as find_checkpoint takes it), laid out as `layout` says.
 
     layout: abstract parameters of the whole model. base: loads the model of model.path, which is
-    asked for where the run left parameters frozen; they are taken from the run that it started
-    from itself, if it did. Raises ValueError where they are not those that the run had.
+    asked for adapters that the run had not, and for what it left frozen (that is taken from the run
+    that it started from itself, if it did). Raises ValueError where that is not what the run had.
     """
     saved = checkpoint.saved_params(source)
     trained, rest = split(layout, saved.__contains__)
+    fresh: dict[str, Any] = {}
+    if not any(map(is_adapter, saved)):  # the run had none: they begin here
+        fresh, rest = split(rest, is_adapter)
     run_dir = checkpoint.find_checkpoint(source).parents[1]
-    if not rest or not (run_dir / _FILE).exists():
-        return checkpoint.restore_params(source, layout)
+    if rest and not (run_dir / _FILE).exists():
+        trained, rest = join(trained, rest), {}  # which is refused, by name
     found = checkpoint.restore_params(source, trained)
-    began = read_file(run_dir / "resolved.yaml").tree["checkpoint"]["init_from"]
-    under = restored(began, layout, base) if began else base()
-    paths = {path for path, _ in flat(rest)}
-    frozen, _ = split(under, paths.__contains__)
-    if fingerprint(frozen) != json.loads((run_dir / _FILE).read_text())["weights"]:
-        raise ValueError(
-            f"{source}: the run trained a part of the parameters, and {began or 'model.path'} does "
-            "not hold the others as it had them: model.path must name what that run started from"
-        )
-    return join(found, frozen)
+    if rest:
+        began = read_file(run_dir / "resolved.yaml").tree["checkpoint"]["init_from"]
+        frozen = _like(rest, restored(began, layout, base) if began else base())
+        if fingerprint(frozen) != json.loads((run_dir / _FILE).read_text())["weights"]:
+            raise ValueError(
+                f"{source}: the run trained a part of the parameters, and {began or 'model.path'} "
+                "does not hold the others as it had them: model.path must name what that run "
+                "started from"
+            )
+        found = join(found, frozen)
+    return join(found, _like(fresh, base())) if fresh else found
+
+
+def _like(part: Any, whole: Any) -> Any:
+    """The parameters of `whole` whose paths `part` has."""
+    paths = {path for path, _ in flat(part)}
+    return split(whole, paths.__contains__)[0]

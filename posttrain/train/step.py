@@ -8,6 +8,7 @@ the number of hosts add the same numbers in another order, and change nothing el
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -23,7 +24,7 @@ from posttrain.models.head import token_outputs
 from posttrain.models.nested import join
 from posttrain.optim import Schedule
 from posttrain.train.state import TrainState
-from posttrain.types import Batch, Mean, Statistic, Terms, TokenOutputs
+from posttrain.types import Batch, Extremes, Mean, Statistic, Terms, TokenOutputs
 
 
 @runtime_checkable
@@ -96,9 +97,15 @@ class Forward:
     def outputs(
         self, params: Any, micro: Batch, needs: frozenset[str] = frozenset()
     ) -> TokenOutputs:
-        """What a model of these parameters says of the trained tokens: logps, and more by needs."""
+        """What a model of these parameters says of the trained tokens: logps, and more by needs.
+
+        A reward model says one thing of each segment: its score.
+        """
         model = nnx.merge(self.graphdef, params)
         hidden_BTD = model.hidden(micro.tokens, micro.positions, micro.segment_ids)
+        if model.spec.head == "score":
+            segments = micro.example_ids.shape[-1]
+            return TokenOutputs(scores=model.scores(hidden_BTD, micro.segment_ids, segments))
         return token_outputs(
             hidden_BTD,
             model.head_kernel(),
@@ -108,6 +115,7 @@ class Forward:
             mesh=self.mesh,
             budget=self.budget,
             vocab_size=model.spec.vocab_size,
+            softcap=model.spec.final_softcap,
             chunk=self.head_chunk,
             entropy="entropy" in needs,
             correct="correct" in needs,
@@ -196,9 +204,21 @@ def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> A
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens.shape[0] == 1:
         return function(first)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    nothing = jax.tree.map(_nothing, jax.eval_shape(function, first), is_leaf=_merges)
 
     def add(acc: Any, micro: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, acc, function(micro)), None
+        return jax.tree.map(operator.add, acc, function(micro), is_leaf=_merges), None
 
-    return jax.lax.scan(add, zero, batch)[0]
+    return jax.lax.scan(add, nothing, batch)[0]
+
+
+def _merges(value: Any) -> bool:
+    """Whether it is no array, but knows itself how it is added."""
+    return isinstance(value, Extremes)
+
+
+def _nothing(like: Any) -> Any:
+    """What added to a value leaves it as it is."""
+    if isinstance(like, Extremes):
+        return Extremes(*(jnp.full_like(like.low, sign * jnp.inf) for sign in (1, -1)))
+    return jnp.zeros(like.shape, like.dtype)

@@ -2,10 +2,10 @@
 
 CONVENTION: 6 FLOPs (2 forward, 4 backward) per weight of each matmul per token that passes it: the
 layers' matrices once per non-padding token, the vocabulary head once per TRAINED token (it runs on
-no other). Attention is causal and within its segment: a segment of n tokens has n (n + 1) / 2
-query-key pairs, each 2 matmuls of 2 * heads * head_dim FLOPs forward, three times that in training.
-A live reference adds a forward pass of all of it. Padding, rematerialisation and the optimiser
-count nothing.
+no other; a reward model has none). Attention is causal and within its segment: a segment of n
+tokens has n (n + 1) / 2 query-key pairs, each 2 matmuls of 2 * heads * head_dim FLOPs forward,
+three times that in training. A live reference adds a forward pass of all of it. Padding,
+rematerialisation and the optimiser count nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def train_flops(spec: Spec, size: StepSize, *, live_reference: bool = False) -> 
     width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     layer = spec.embed * (2 * width + 2 * kv_width + 3 * spec.mlp)
     matmuls = 6 * spec.layers * layer * size.tokens
-    head = 6 * spec.embed * spec.vocab_size * size.trained
+    head = 6 * spec.embed * spec.vocab_size * size.trained if spec.head == "lm" else 0
     attention = 12 * spec.layers * width * size.pairs
     forward_and_backward = float(matmuls + head + attention)
     return forward_and_backward * (4 / 3 if live_reference else 1)

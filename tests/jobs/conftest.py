@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from posttrain import config
-from posttrain.jobs import preference, sft
+from posttrain.jobs import preference, reward_model, sft
 from tests.jobs.runs import GOLDEN, GOLDEN_PAIRS, Finished, Runner
 
 
@@ -126,5 +126,31 @@ def run_preference(golden_pairs: list[str], tmp_path_factory: pytest.TempPathFac
         given = jax.devices()[:devices]
         code = setup.run(cfg, given, kind=cfg.loss.data, reference=cfg.reference)
         return Finished(code, folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def golden_reward(data_dir: Path) -> list[str]:
+    """GOLDEN_PAIRS with the golden reward model and pairs, as key=value."""
+    golden = data_dir / "golden"
+    return [
+        *GOLDEN_PAIRS,
+        f"model.path={golden / 'model_rm'}",
+        f"data.sources.prefs.path={golden}/prefs.jsonl",
+    ]
+
+
+@pytest.fixture(scope="session")
+def run_reward_model(golden_reward: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """run_reward_model(*key=value, devices=8, folder=new) -> Finished, from the golden settings."""
+
+    def run(*keys: str, devices: int = 8, folder: Path | None = None) -> Finished:
+        from posttrain.train import setup
+
+        folder = folder or tmp_path_factory.mktemp("run")
+        paths = [f"run_dir={folder}", f"data.cache_dir={folder}.cache"]
+        cfg = config.load(reward_model.Config, [], [*golden_reward, *paths, *keys])
+        return Finished(setup.run(cfg, jax.devices()[:devices], kind="pairs", head="score"), folder)
 
     return run

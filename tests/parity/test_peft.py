@@ -1,0 +1,152 @@
+"""Adapters against PEFT: its forward pass and ours, of its folder and of ours, in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from posttrain.models import peft as ours
+from posttrain.models.adapters import attach
+from posttrain.models.hf import open_model
+from posttrain.models.lora import LoraConfig, is_adapter
+from posttrain.models.nested import flat, nested, split
+from posttrain.models.spec import ModelConfig
+from tests.models.tiny import mesh_of
+
+pytestmark = pytest.mark.parity
+
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 211,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.08,
+}
+TOKENS = np.random.default_rng(0).integers(0, 213, (3, 20)).astype(np.int32)
+CASES = {
+    "llama": ("LlamaConfig", {}, {"targets": ("attention/*", "mlp/*"), "rank": 5, "alpha": 12.0}),
+    "qwen3": (
+        "Qwen3Config",
+        {"head_dim": 24, "tie_word_embeddings": True},
+        {"targets": ("q", "v", "down"), "rank": 4, "alpha": 6.0, "rslora": True},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(folder of a base model, our LoraConfig)."""
+    import torch
+    import transformers
+
+    kind, changes, lora = CASES[request.param]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**{**_SHAPE, **changes})
+    folder = tmp_path_factory.mktemp(request.param)
+    transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return folder, LoraConfig(**lora)
+
+
+def base_of(folder: Path, tokens: int = _SHAPE["vocab_size"]) -> Any:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    if tokens > model.config.vocab_size:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    return model
+
+
+def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+
+
+def our_model(folder: Path, cfg: LoraConfig, new: int = 0) -> tuple[Any, Any, dict, Any]:
+    """(spec, graph, params, mesh), with fresh adapters."""
+    mesh, vocab = mesh_of(1, 1, 1), _SHAPE["vocab_size"]
+    options = {"dtype": "float32", "remat": "none", "vocab_multiple": 1}
+    new_ids = range(vocab, vocab + new)
+    with jax.set_mesh(mesh):
+        made = open_model(ModelConfig(path=str(folder), **options), mesh,
+                          tokenizer_size=vocab + new, new_ids=new_ids)  # fmt: skip
+        graph, state = attach(made.graph, made.state, cfg, mesh, new_ids=new_ids)
+    return made.spec, graph, nnx.to_pure_dict(state), mesh
+
+
+def our_logits(graph: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
+    model = nnx.merge(graph, nnx.State(params))
+    places = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
+    return np.asarray(model.logits(tokens, places, np.ones_like(tokens)))
+
+
+def test_an_adapter_that_peft_wrote_says_here_what_it_says_there(case: Any, tmp_path: Path) -> None:
+    import peft
+    import torch
+
+    folder, cfg = case
+    names = {"q": "q_proj", "v": "v_proj", "down": "down_proj"}
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets = [names[x] for x in cfg.targets] if "q" in cfg.targets else every
+    config = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, use_rslora=cfg.rslora,
+                             target_modules=targets, task_type="CAUSAL_LM")  # fmt: skip
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base_of(folder), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(tmp_path)
+    ours.check_config(tmp_path, cfg)
+    spec, graph, params, mesh = our_model(folder, cfg)
+    tokens = TOKENS.clip(max=210)
+    before = our_logits(graph, params, tokens)
+    with jax.set_mesh(mesh):
+        params = ours.load(tmp_path, spec, params)
+    found, want = our_logits(graph, params, tokens), their_logits(model, tokens)
+    assert np.abs(want - before).max() > 0.1
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [0, 2])
+def test_an_adapter_that_we_wrote_says_there_what_it_says_here(
+    case: Any, tmp_path: Path, new: int
+) -> None:
+    """With rows for new tokens too, and what is trained whole beside it (the final norm)."""
+    import peft
+
+    folder, cfg = case
+    spec, graph, params, mesh = our_model(folder, cfg, new)
+    rng = np.random.default_rng(2)
+
+    def trains(path: str) -> bool:
+        return is_adapter(path) or (new > 0 and path == "final_norm")
+
+    params = nested(
+        (p, x + rng.normal(0, 0.1, x.shape).astype(np.float32) if trains(p) else x)
+        for p, x in flat(params)
+    )
+    trained, _ = split(params, trains)
+    vocab = _SHAPE["vocab_size"]
+    with jax.set_mesh(mesh):
+        ours.save(tmp_path, spec, trained, cfg, base=str(folder),
+                  new_ids=range(vocab, vocab + new))  # fmt: skip
+    tokens = TOKENS if new else TOKENS.clip(max=210)
+    model = peft.PeftModel.from_pretrained(base_of(folder, vocab + new), tmp_path)
+    np.testing.assert_allclose(
+        our_logits(graph, params, tokens), their_logits(model, tokens), atol=1e-5
+    )
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert raw["r"] == cfg.rank
+    assert model.peft_config["default"].use_rslora == cfg.rslora
+    merged = their_logits(model.merge_and_unload(), tokens)
+    np.testing.assert_allclose(merged, our_logits(graph, params, tokens), atol=1e-5)
