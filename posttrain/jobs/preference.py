@@ -7,7 +7,7 @@ trains, evaluates on held-out data of the same kind, keeps checkpoints, and at t
 <run_dir>/export, a Hugging Face folder.
 Start it again and it goes on where it was, the reference's pass included. It leaves out rewards
 that answers are sampled for, and adapters: those are other jobs.
-    posttrain preference configs/preference/hh_rlhf.yaml model.path=MODEL run_dir=runs/first
+    posttrain preference configs/preference/qwen_hh_rlhf.yaml model.path=MODEL run_dir=runs/first
 """
 
 from __future__ import annotations

@@ -81,5 +81,5 @@ def step_size(plan: Plan, step: int) -> StepSize:
         tokens=int(lengths.sum()),
         trained=int(plan.index.trained[ids].sum()),
         positions=plan.rows * plan.seq_len,
-        pairs=int((lengths * (lengths + 1) // 2).sum()),
+        keys_seen=int((lengths * (lengths + 1) // 2).sum()),
     )

@@ -40,7 +40,7 @@ class StepSize:
     tokens: int  # not padding
     trained: int
     positions: int  # rows * row length, padding included
-    pairs: int  # causal query-key pairs: sum over segments of n (n + 1) / 2
+    keys_seen: int  # by queries, causally: sum over segments of n (n + 1) / 2
 
 
 def train_flops(spec: Spec, size: StepSize, *, live_reference: bool = False) -> float:
@@ -49,6 +49,6 @@ def train_flops(spec: Spec, size: StepSize, *, live_reference: bool = False) -> 
     layer = spec.embed * (2 * width + 2 * kv_width + 3 * spec.mlp)
     matmuls = 6 * spec.layers * layer * size.tokens
     head = 6 * spec.embed * spec.vocab_size * size.trained if spec.head == "lm" else 0
-    attention = 12 * spec.layers * width * size.pairs
+    attention = 12 * spec.layers * width * size.keys_seen
     forward_and_backward = float(matmuls + head + attention)
     return forward_and_backward * (4 / 3 if live_reference else 1)

@@ -34,14 +34,14 @@ def test_train_flops_count_three_times_the_forward_matmuls() -> None:
         tokens=sum(segments),
         trained=trained,
         positions=64,
-        pairs=sum(n * (n + 1) // 2 for n in segments),
+        keys_seen=sum(n * (n + 1) // 2 for n in segments),
     )
     assert train_flops(SPEC, size) == 3 * forward_flops(segments, trained)
     assert train_flops(SPEC, size, live_reference=True) == 4 * forward_flops(segments, trained)
 
 
 def test_pitfall_33_padding_and_untrained_positions_count_nothing() -> None:
-    size = StepSize(examples=1, tokens=10, trained=4, positions=16, pairs=55)
+    size = StepSize(examples=1, tokens=10, trained=4, positions=16, keys_seen=55)
     wider = dataclasses.replace(size, positions=1024)
     assert train_flops(SPEC, wider) == train_flops(SPEC, size)
     less = dataclasses.replace(size, trained=3)
