@@ -82,8 +82,9 @@ class Variant:
                 return name
         return f"{type(value).__module__}:{type(value).__qualname__}"
 
-    def validate(self, value: Any) -> Config:
-        if isinstance(value, Config):
+    def validate(self, value: Any, base: type[Config] = Config) -> Config:
+        """The config of its `type`. ValueError: that is no `base`, or its fields are wrong."""
+        if isinstance(value, base):
             return value
         if not isinstance(value, Mapping):
             raise ValueError("must be a mapping with a `type`")
@@ -91,10 +92,14 @@ class Variant:
         name = fields.pop("type", self.default)
         if name is None:
             raise ValueError(f"needs a `type`: one of {', '.join(self.registry)}")
-        return self.config_class(name).model_validate(fields)
+        found = self.config_class(name)
+        if not issubclass(found, base):
+            where = f"{base.__module__}.{base.__name__}"
+            raise ValueError(f"type {name!r} is no {base.__name__}: derive it from {where}")
+        return found.model_validate(fields)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.validate)
+        return core_schema.no_info_plain_validator_function(lambda v: self.validate(v, source))
 
 
 def variant(registry: Mapping[str, Any], default: str | None = None) -> Variant:

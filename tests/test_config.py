@@ -67,6 +67,10 @@ class Job(Config):
     mesh: Mesh = semantic(Mesh(), help="mesh")
 
 
+class OneKind(Config):
+    optim: Annotated[Adam, variant(REGISTRY, "adam")] = semantic(Adam(), help="optimiser")
+
+
 @pytest.fixture
 def write(tmp_path: Path):
     def _write(name: str, text: str) -> str:
@@ -225,6 +229,8 @@ def test_a_type_may_be_the_users_own_class_and_a_wrong_one_is_told():
     assert plain_dict(outside)["optim"]["type"] == f"{__name__}:Mesh"
     for name, said in (("adm", "'adam'"), ("no.such:X", "imported"), ("os:path", "Config class")):
         assert said in problems_of([], [f"optim.type={name}"])["optim"]
+    found = problems_of([], [f"optim.type={__name__}:Muon"], cls=OneKind)
+    assert f"is no Adam: derive it from {__name__}.Adam" in found["optim"]
     assert "'lr'" in problems_of([], ["optim.type=muon", "optim.lrr=1"])["optim.lrr"]
     assert "needs a `type`" in problems_of([], ["extra.lr=1"])["extra"]
     with pytest.raises(ValueError, match="unknown 'zebra'; known: adam, muon"):

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from posttrain import config
 from posttrain.checkpoint import Checkpoints
-from posttrain.config import Config, ConfigError
+from posttrain.config import ConfigError
 from posttrain.jobs import convert
+from posttrain.losses.base import PreferenceLoss
 from posttrain.metrics import Writer
 from posttrain.train import reference
 from posttrain.train.loop import PREEMPTED
@@ -240,7 +241,7 @@ def test_rows_are_no_size_of_a_step_of_pairs(run_preference: Runner) -> None:
         run_preference("batch.examples=null", "batch.rows=4", devices=1)
 
 
-class ChosenNLL(Config):
+class ChosenNLL(PreferenceLoss):
     """A user's own loss: imitates the chosen answers, and needs no reference."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logps"})
