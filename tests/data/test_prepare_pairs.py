@@ -207,7 +207,7 @@ def test_only_answers_are_trained_whatever_train_on_says(tmp_path, chat_of):
     """The prompt's own answers are context; `last` means the last message of an answer."""
     row = {
         "prompt": [USER, said("4"), USER],
-        "chosen": [CALLS, RESULT, said("good", weight=0.5)],
+        "chosen": [CALLS, RESULT, said("good", weight=1)],
         "rejected": [said("bad")],
     }
     chat = chat_of(template=None, train_on="last")
@@ -216,7 +216,7 @@ def test_only_answers_are_trained_whatever_train_on_says(tmp_path, chat_of):
         "good",
         "bad",
     ]
-    assert set(cache[0].loss_weights.tolist()) == {0, 0.5}
+    assert set(cache[0].loss_weights.tolist()) == {0, 1}
     assert cache.report.total.prompts_differ == 0  # it cannot be told
     chat = chat_of(template=None, train_on="all")
     cache = made(tmp_path, [row], chat)
