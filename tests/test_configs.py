@@ -44,6 +44,13 @@ def test_a_header_gives_command_hardware_time_and_score(path, capsys, monkeypatc
     assert "semantic hash" in show(words[1:], capsys)
 
 
+def test_configs_that_code_and_pages_name_are_there():
+    files = [*(ROOT / "posttrain").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    named = {path for f in files for path in re.findall(r"configs/[\w/]+\.yaml", f.read_text())}
+    assert len(named) >= 5, "the search itself is broken"
+    assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
 @pytest.mark.parametrize("path", JOB_CONFIGS, ids=name)
 def test_every_config_takes_every_overlay(path, overlay, capsys):

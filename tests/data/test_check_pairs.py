@@ -212,6 +212,20 @@ DEFECTS = [
     ),
     (
         "ultrafeedback",
+        rated(answer("a", True), answer("b", 0.5)),
+        "completions[0].overall_score",
+        "no number: bool True",
+        "write the score",
+    ),
+    (
+        "llama_factory",
+        {"instruction": "q", "chosen": "a", "rejected": None},
+        "rejected",
+        "missing or null",
+        "give it an answer, or remove the row",
+    ),
+    (
+        "ultrafeedback",
         rated(answer("a", 2), answer(" ", 1)),
         "completions[1].response",
         "empty answer",

@@ -192,7 +192,8 @@ def text_answer(answer: Any, name: str, problems: list[Problem]) -> Turns:
     """The one message of an answer's text; what is wrong goes to `problems`."""
     if problem := text_problem(answer, name):
         found = problem.found.replace("empty text", "empty answer")
-        problems.append(Problem(name, found, problem.fix.replace("text", "answer")))
+        fix = problem.fix.replace("a text", "an answer").replace("text", "answer")
+        problems.append(Problem(name, found, fix))
     return Turns([{"role": "assistant", "content": answer}], [name])
 
 

@@ -74,7 +74,7 @@ def _scores(completions: Sequence[Mapping[str, Any]]) -> list[float]:
     problems: list[Problem] = []
     for i, one in enumerate(completions):
         try:
-            scores.append(float(one[name]))
+            scores.append(math.nan if isinstance(one[name], bool) else float(one[name]))
         except (TypeError, ValueError):
             scores.append(math.nan)
         if not math.isfinite(scores[-1]):
