@@ -74,7 +74,11 @@ def test_every_format_of_pairs_is_in_this_file():
             {"prompt": [USER, GOOD, USER], "chosen": [GOOD], "rejected": [BAD]},
             pair(USER, BEFORE, USER),
         ),
-        ("preference", {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, pair(USER)),
+        (
+            "preference",
+            {"chosen": [USER, GOOD], "rejected": [USER, BAD], "prompt_id": "x"},
+            pair(USER),
+        ),
         (
             "preference",
             {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
@@ -258,6 +262,10 @@ def test_each_job_takes_its_own_kind_and_says_where_the_other_goes():
         find_format(pairs, SourceConfig(path="f", format="messages"), "f:1", kind="pairs")
     with pytest.raises(ValueError, match=r"format: hh makes pairs.*messages, sharegpt"):
         find_format(pairs, SourceConfig(path="f", format="hh"), "f:1")
+    for prompt, side in ((USER, GOOD), (TEXT, None)):
+        row = {"prompt": prompt, "chosen": side, "rejected": GOOD}
+        with pytest.raises(ValueError, match=r"chosen is .* and rejected is an object with 'role'"):
+            find_format(row, cfg, "f:1", kind="pairs")
     as_sample = SourceConfig(path="f", fields={"messages": "chosen"})
     assert find_format(pairs, as_sample, "f:1") == "fields"
     with pytest.raises(ValueError, match=r"fields: {messages} makes samples"):

@@ -26,6 +26,7 @@ from posttrain.data.formats.prompt_completion import FORMAT as PROMPT_COMPLETION
 from posttrain.data.formats.sharegpt import FORMAT as SHAREGPT
 from posttrain.data.formats.text import FORMAT as TEXT
 from posttrain.data.formats.ultrafeedback import FORMAT as ULTRAFEEDBACK
+from posttrain.data.rows import SIDES, show
 from posttrain.types import DataKind
 
 FORMATS: dict[str, Format] = {
@@ -103,6 +104,13 @@ def find_format(row: Any, cfg: SourceConfig, place: str, *, kind: DataKind = "sa
         )
     both = isinstance(row, Mapping) and {"chosen", "rejected"} <= row.keys()
     if wanted == "pairs" and both:
+        sides = [row[side] for side in SIDES]
+        if not all(isinstance(side, str) for side in sides):
+            shown = " and ".join(f"{name} is {show(row[name])}" for name in SIDES)
+            raise ValueError(
+                f"{place}: no format has such a pair (columns: {columns}): {shown}; each side is a "
+                "text beside its prompt, or a list of messages"
+            )
         raise ValueError(
             f"{place}: answers without what they answer (columns: {columns}): name its column, as "
             "in fields: {user: question, chosen: chosen, rejected: rejected}, or give both sides "

@@ -45,8 +45,8 @@ class Turns:
 def as_object(row: Any, columns: tuple[str, ...]) -> Mapping[str, Any]:
     """The row as an object whose keys are not slips of the format's own columns.
 
-    Other columns (ids, sources, labels) are nobody's business; `mesages` or `tool` is a slip that
-    would lose data. Raises RowError.
+    Other columns (ids, sources, labels) are nobody's business, `prompt_id` among them; `mesages` or
+    `tool` is a slip that would lose data. Raises RowError.
     """
     if not isinstance(row, Mapping):
         raise RowError([wrong_type("row", row, f"an object with {columns[0]}")])
@@ -54,6 +54,7 @@ def as_object(row: Any, columns: tuple[str, ...]) -> Mapping[str, Any]:
         Problem(str(key), "unknown column, very like a known one", f"did you mean {meant}?")
         for key in row
         if key not in columns
+        and not str(key).lower().endswith("id")
         and (meant := did_you_mean(str(key), columns))
         and row.get(meant) is None
         and row[key] is not None
