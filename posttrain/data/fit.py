@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -112,31 +113,48 @@ def fit_pair(
     )
 
 
-def with_twins(
-    rows: list[Example], lines: list[int], block: int, seq_len: int
-) -> tuple[list[Example], list[int], int]:
-    """Each row followed by its mismatched twin, their lines, and how many twins were cut.
+@dataclass
+class Twinned:
+    """Rows, each followed by its mismatched twin, and their lines. cut: twins that lost the end of
+    their answer. alone: rows that are left out, in whose block nobody answers another prompt."""
 
-    Within each block of so many rows the twin has the answer of the row before it, the first one
-    that of the last: where a batch is such a block, its mismatched answers are its own. A last
-    block of one row joins the one before it.
+    examples: list[Example] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    cut: int = 0
+    alone: int = 0
+
+
+def with_twins(rows: list[Example], lines: list[int], block: int, seq_len: int) -> Twinned:
+    """Within each block of so many rows the twin has the answer of the nearest row before it that
+    has another prompt, the last row being before the first: where a batch is such a block, its
+    mismatched answers are its own. A last block of one prompt joins the one before it.
     """
-    edges = list(range(0, len(rows), block))
-    if len(edges) > 1 and len(rows) - edges[-1] == 1:
-        edges.pop()
-    kept: list[Example] = []
-    cut = 0
-    for start, end in zip(edges, [*edges[1:], len(rows)], strict=True):
+    prompts = [e.tokens[: int(np.argmax(e.loss_weights > 0))].tobytes() for e in rows]
+    starts = list(range(0, len(rows), block))
+    while len(starts) > 1 and len(set(prompts[starts[-1] :])) == 1:
+        starts.pop()
+    made = Twinned()
+    for start, end in itertools.pairwise([*starts, len(rows)]):
         for i in range(start, end):
-            twin = _mismatched(rows[i], rows[i - 1 if i > start else end - 1])
-            cut += len(twin.tokens) > seq_len
-            kept += [
-                rows[i],
-                replace(
-                    twin, tokens=twin.tokens[:seq_len], loss_weights=twin.loss_weights[:seq_len]
-                ),
-            ]
-    return kept, [line for line in lines for _ in "rt"], cut
+            before = [*range(i - 1, start - 1, -1), *range(end - 1, i, -1)]
+            other = next((k for k in before if prompts[k] != prompts[i]), None)
+            if other is None:
+                made.alone += 1
+                continue
+            twin = _mismatched(rows[i], rows[other])
+            made.cut += len(twin.tokens) > seq_len
+            tokens, weights = twin.tokens[:seq_len], twin.loss_weights[:seq_len]
+            made.examples += [rows[i], replace(twin, tokens=tokens, loss_weights=weights)]
+            made.lines += [lines[i]] * 2
+    return made
+
+
+def by_label(pairs: int, block: int) -> list[int]:
+    """The order of so many pairs' answers (chosen, rejected, chosen ...) in which a block of rows
+    holds its chosen answers first: a twin has mostly an answer of its row's own label."""
+    half = max(block // 2, 1)
+    runs = [range(2 * p, 2 * min(p + half, pairs)) for p in range(0, pairs, half)]
+    return [i for run in runs for side in (run[::2], run[1::2]) for i in side]
 
 
 def _mismatched(row: Example, other: Example) -> Example:

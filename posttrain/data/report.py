@@ -19,8 +19,9 @@ _BINS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 2, 4)
 class SourceReport:
     """Every row of a source ends in exactly one of: bad_rows, or examples / dropped. Of pairs, all
     but tokens are counted in pairs; prompts_differ: their shared prompt has become other tokens on
-    each side; pairs_in_row: both sides fit one row together. Of labelled answers: desirable, and
-    twins_cut, mismatched twins that lost the end of their answer."""
+    each side; pairs_in_row: both sides fit one row together. Of labelled answers: desirable;
+    twins_cut, mismatched twins that lost the end of their answer; unpaired, rows that were pairs:
+    each is two rows here."""
 
     rows: int = 0
     bad_rows: int = 0
@@ -36,6 +37,7 @@ class SourceReport:
     pairs_in_row: int = 0
     desirable: int = 0
     twins_cut: int = 0
+    unpaired: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def cut(self, tokens: int, trained: int) -> None:
@@ -128,6 +130,11 @@ class Report:
                 lines.append(
                     f"{name}: {source.prompts_differ:,} pairs whose prompt the template renders "
                     "differently on the two sides (by what follows it)"
+                )
+            if source.unpaired:
+                lines.append(
+                    f"{name}: {source.unpaired:,} pairs read as two answers each, the chosen one "
+                    "desirable and the rejected one not"
                 )
             if source.twins_cut:
                 lines.append(

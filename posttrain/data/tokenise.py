@@ -10,7 +10,7 @@ import numpy as np
 
 from posttrain.chat.template import ChatError, ChatTemplate
 from posttrain.data.config import SourceConfig, TooLong
-from posttrain.data.fit import fit, fit_pair, prompts_differ, same, trained, with_twins
+from posttrain.data.fit import by_label, fit, fit_pair, prompts_differ, same, trained, with_twins
 from posttrain.data.formats import get_format
 from posttrain.data.formats.base import margin_of
 from posttrain.data.report import SourceReport
@@ -81,6 +81,7 @@ class Job:
         lines: list[int] = []
         samples: list[Sample] = []  # of pairs: chosen, rejected, chosen ...
         said: list[Any] = []  # of pairs: the margin; of labelled answers: the label
+        unpaired = 0
         for row in block.rows():
             done.report.rows += 1
             problems = row.problems
@@ -89,7 +90,10 @@ class Job:
                     made = self._convert(task, row.value)
                     if isinstance(made, Pair):
                         samples += [made.chosen, made.rejected]
-                        said.append(made.margin)
+                        judged = self.kind != "pairs"
+                        said += [True, False] if judged else [made.margin]
+                        lines += [row.line] * judged
+                        unpaired += judged
                     elif isinstance(made, Labelled):
                         samples.append(made.sample)
                         said.append(made.label)
@@ -103,6 +107,12 @@ class Job:
                     raise ValueError(f"{place}: format {task.format}: {error!r}") from error
             if problems:
                 done.bad(Defect(row.file, row.line, p.field, p.found, p.fix) for p in problems)
+        done.report.rows += unpaired
+        done.report.unpaired = unpaired
+        if self.kind == "twinned" and 2 * unpaired == len(lines):
+            order = by_label(unpaired, self.kl_block)
+            lines, said = [lines[i] for i in order], [said[i] for i in order]
+            samples = [samples[i] for i in order]
         if self.chat is not None:
             examples = self._examples(samples)
             if self.kind == "pairs":
@@ -115,12 +125,11 @@ class Job:
             else:
                 for line, made, label in zip(lines, examples, said, strict=True):
                     self._keep_labelled(done, line, made, label)
-        if self.kind == "twinned" and len(done.kept) == 1:
-            done.drop_all("alone in its block of rows: no other answer to make a twin of")
-        elif self.kind == "twinned":
-            done.kept, done.lines, done.report.twins_cut = with_twins(
-                done.kept, done.lines, self.kl_block, self.seq_len
-            )
+        if self.kind == "twinned":
+            made = with_twins(done.kept, done.lines, self.kl_block, self.seq_len)
+            done.kept, done.lines, done.report.twins_cut = made.examples, made.lines, made.cut
+            if made.alone:
+                done.report.dropped["no answer to another prompt in its block"] += made.alone
         return done.result(task.source_id, block.read, EXAMPLES_OF[self.kind])
 
     def _keep(self, done: _Done, line: int, made: list[Example] | ValueError) -> None:
@@ -147,7 +156,6 @@ class Job:
         before = len(done.kept)
         self._keep(done, line, made)
         done.kept[before:] = [replace(e, label=int(label)) for e in done.kept[before:]]
-        done.report.desirable += int(label) * (len(done.kept) - before)
 
     def _keep_pair(
         self, done: _Done, line: int, pair: Pair, made: list[list[Example] | ValueError]
@@ -216,7 +224,8 @@ class Job:
         assert task.format is not None, "a block with a readable row has a format"
         source = self.sources[task.source_id]
         made = get_format(task.format).convert(value, source)
-        wanted = {"samples": (Conversation, Text), "pairs": Pair}.get(self.kind, Labelled)
+        kinds = {"samples": (Conversation, Text), "pairs": Pair}
+        wanted = kinds.get(self.kind, (Labelled, Pair))
         if not isinstance(made, wanted):
             names = {"samples": "Conversation or a Text", "pairs": "Pair"}
             want = names.get(self.kind, "Labelled")
@@ -267,15 +276,11 @@ class _Done:
         self.kept += examples
         self.lines += [line] * len(examples)
 
-    def drop_all(self, reason: str) -> None:
-        self.report.dropped[reason] += len(self.kept)
-        self.report.desirable = 0
-        self.kept, self.lines = [], []
-
     def result(self, source_id: int, read: int, sides: int) -> Result:
         kept, report = self.kept, self.report
         weights = np.concatenate([e.loss_weights for e in kept] or [np.zeros(0, np.float32)])
         report.examples = len(kept) // sides
+        report.desirable = sum(e.label == 1 for e in kept)
         report.tokens = sum(len(e.tokens) for e in kept)
         report.trained = int(np.count_nonzero(weights > 0))
         return Result(

@@ -110,16 +110,15 @@ def test_kinds_of_data_are_told_apart() -> None:
     cfg = SourceConfig(path="f")
     for kind in ("labelled", "twinned"):
         assert find_format(labelled, cfg, "f:1", kind=kind) == "labelled"  # pyright: ignore
-    with pytest.raises(ValueError, match=r"pairs to prefer by.*not labelled answers"):
-        find_format(pair, cfg, "f:1", kind="labelled")
+    assert find_format(pair, cfg, "f:1", kind="labelled") == "preference"
     with pytest.raises(ValueError, match=r"samples to imitate.*`posttrain sft`.*column label"):
         find_format({"messages": [USER, ANSWER]}, cfg, "f:1", kind="twinned")
     with pytest.raises(ValueError, match=r"labelled good or bad.*not pairs.*loss.type=kto"):
         find_format(labelled, cfg, "f:1", kind="pairs")
     with pytest.raises(ValueError, match=r"labelled good or bad.*loss.type=kto"):
         find_format(labelled, cfg, "f:1")
-    with pytest.raises(ValueError, match=r"format: hh makes pairs to prefer by, not labelled"):
-        find_format(labelled, SourceConfig(path="f", format="hh"), "f:1", kind="labelled")
+    with pytest.raises(ValueError, match=r"format: text makes samples to imitate, not labelled"):
+        find_format(labelled, SourceConfig(path="f", format="text"), "f:1", kind="labelled")
 
 
 def row(i: int, size: int = 3) -> dict[str, Any]:
@@ -163,7 +162,7 @@ def test_without_twins_a_row_is_an_example(tmp_path: Path) -> None:
 def test_a_twin_over_seq_len_is_cut_and_counted(tmp_path: Path) -> None:
     long = {**row(1), "prompt": [{"role": "user", "content": "q" * 20}]}
     cache = make(tmp_path, [row(0, size=25), long], seq_len=32)
-    assert cache.lengths.tolist() == [29, 7, 27, 32]
+    assert cache.lengths.tolist() == [29, 7, 26, 32]
     assert cache.report.sources["one"].twins_cut == 1
     assert any("1 mismatched twins over 32 tokens cut" in line for line in cache.report.losses())
 
@@ -180,9 +179,20 @@ def test_rows_that_are_left_out_lend_no_answer(tmp_path: Path) -> None:
 
 
 def test_a_row_without_another_has_no_twin(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no example left.*1 dropped: alone in its block"):
+    with pytest.raises(ValueError, match=r"no example left.*1 dropped: no answer to another"):
         make(tmp_path, [row(0)])
-    assert with_twins([], [], 8, 10) == ([], [], 0)
+    assert with_twins([], [], 8, 10).examples == []
+
+
+def test_a_twin_has_no_answer_to_its_own_prompt(tmp_path: Path) -> None:
+    """It would measure a reward and no KL: the answer before that one is taken."""
+    ask = [{"role": "user", "content": "0"}]
+    rows = [row(0), row(1), {**row(2), "prompt": ask}, {**row(3), "prompt": ask}]
+    cache = make(tmp_path, rows, kl_block=4)
+    assert [text(e) for e in cache.read(range(1, 8, 2))] == ["|0|BBB|", "|1|AAA|", "|0|BBB|",
+                                                             "|0|BBB|"]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no example left of 2 rows \(2 dropped: no answer to"):
+        make(tmp_path, rows[2:])
 
 
 def test_an_answer_is_not_split(tmp_path: Path) -> None:
@@ -231,7 +241,7 @@ def test_labels_come_with_the_batch_and_twins_beside_their_rows(
 
 
 def test_llama_factorys_file(data_dir: Path, tmp_path: Path) -> None:
-    path = data_dir / "llama_factory/kto_en_demo.jsonl"
+    path = data_dir / "data/llama_factory/kto_en_demo.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     settings = {"cache_dir": str(tmp_path), "workers": 0, "seq_len": 100_000}
     cfg = DataConfig.model_validate({"sources": {"kto": {"path": str(path)}}, **settings})

@@ -49,7 +49,7 @@ class FakeLabelled(FakePairs):
             for i, e in enumerate(self.examples)
         ]
         if twinned:
-            rows, _, _ = with_twins(rows, [0] * len(rows), 4, SEQ_LEN)
+            rows = with_twins(rows, [0] * len(rows), 4, SEQ_LEN).examples
             rng = np.random.default_rng(1)
             self.said = []
             for row in rows:  # the policy is above the reference, so that the KL is not cut off

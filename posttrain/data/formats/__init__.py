@@ -67,10 +67,12 @@ def get_format(name: str) -> Format:
 def find_format(row: Any, cfg: SourceConfig, place: str, *, kind: DataKind = "samples") -> str:
     """The name of the format of a source, from its config or (auto) from one of its rows.
 
-    Formats of this kind are asked for. `place` (file:line) stands in the error. ValueError: no
-    format, or several, recognise the row, or its data are of another kind.
+    Formats of this kind are asked for; where answers are judged one by one, those of pairs too.
+    `place` (file:line) stands in the error. ValueError: no format, or several, recognise the row,
+    or its data are of another kind.
     """
     wanted = "labelled" if kind == "twinned" else kind
+    unpaired = ["pairs"] if wanted == "labelled" else []  # a pair's answers are labelled ones
     if cfg.format != "auto":
         named = get_format(cfg.format)
         if cfg.fields and cfg.format != "fields":
@@ -78,10 +80,10 @@ def find_format(row: Any, cfg: SourceConfig, place: str, *, kind: DataKind = "sa
                 f"{place}: format: {cfg.format} with fields: only the format `fields` reads them; "
                 "remove one of the two"
             )
-        if named.kind not in (None, wanted):
+        if named.kind not in (None, wanted, *unpaired):
             raise ValueError(f"{place}: format: {cfg.format} {_other_kind(wanted, named.kind)}")
     if cfg.fields or cfg.format == "fields":
-        if (made := kind_of(cfg)) != wanted:
+        if (made := kind_of(cfg)) not in (wanted, *unpaired):
             fields = ", ".join(cfg.fields)
             raise ValueError(f"{place}: fields: {{{fields}}} {_other_kind(wanted, made)}")
         return "fields"
@@ -94,7 +96,7 @@ def find_format(row: Any, cfg: SourceConfig, place: str, *, kind: DataKind = "sa
     }
     if wanted == "samples":
         _refuse_judged(row, bool(kinds["pairs"]), columns, place)
-    found = kinds[wanted]
+    found = kinds[wanted] or [name for other in unpaired for name in kinds[other]]
     if len(found) == 1:
         return found[0]
     if found:
