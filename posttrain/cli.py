@@ -10,6 +10,7 @@ It may also have
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -26,7 +27,7 @@ JOBS = {
     "convert": ("posttrain.jobs.convert", "model folder or run -> Hugging Face model folder"),
     "chat": ("posttrain.jobs.chat", "talk to a model in the terminal"),
     "doctor": ("posttrain.jobs.doctor", "the first minute on new hardware: is it right, how fast"),
-    "demo": ("posttrain.jobs.demo", "base model, then SFT, on generated text, in minutes"),
+    "demo": ("posttrain.jobs.demo", "base model, SFT and DPO on generated text, in minutes"),
 }
 FLAGS = {
     "--help": "this text; after a job's name: every key of its config",
@@ -177,6 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         wrong_config = isinstance(error, ConfigError)
         hint = "" if wrong_config or "--debug" in arguments else "\n(--debug shows the traceback)"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            # which of the folders that a run writes to, the system may not have said
+            room = "posttrain doctor CONFIG.yaml 'checks=[disk]' shows the room in each folder"
+            hint = f"\n({room}){hint}"
         print(f"posttrain: {error}{hint}", file=sys.stderr)
         return USAGE_ERROR if wrong_config else DATA_ERROR
     except KeyboardInterrupt:

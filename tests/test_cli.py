@@ -180,6 +180,7 @@ def test_exit_codes_tell_what_went_wrong(job, yaml, capsys):
         assert cli.main(["toy", yaml]) == 1
         captured = capsys.readouterr()
         assert str(error) in captured.err
+        assert ("checks=[disk]" in captured.err) == isinstance(error, OSError)
         assert "Traceback" not in captured.err
     job.run = raising(KeyboardInterrupt())
     assert cli.main(["toy", yaml]) == 130

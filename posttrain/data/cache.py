@@ -14,7 +14,8 @@ import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,18 +165,20 @@ class CacheWriter:
         self._shards: list[dict[str, Any]] = []
         self._writer: Any = None
         self._written = 0  # uncompressed bytes in the open shard
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leavings(folder)
         mark = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         self._temporary = folder.parent / f"{folder.name}.tmp.{mark}"
-        self._temporary.mkdir()
+        with _told(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leavings(folder)
+            self._temporary.mkdir()
 
     def __enter__(self) -> CacheWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        with suppress(OSError, RuntimeError):  # of what is not wanted any more
+            if self._writer is not None:
+                self._writer.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def add(
@@ -198,7 +201,8 @@ class CacheWriter:
         starts = ends - lengths
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             record = tokens[start:end].tobytes() + weights[start:end].tobytes()
-            self._shard().write(record)
+            with _told(self.folder):
+                self._shard().write(record)
             self._content.update(record)
             self._written += len(record)
             self._shards[-1]["examples"] += 1
@@ -218,6 +222,11 @@ class CacheWriter:
 
     def finish(self, fingerprint: str, report: Report) -> Cache:
         """Completes the files, renames the folder and opens it; another's, if it was faster."""
+        with _told(self.folder):
+            self._finish(fingerprint, report)
+        return Cache.open(self.folder)
+
+    def _finish(self, fingerprint: str, report: Report) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -246,7 +255,6 @@ class CacheWriter:
         except OSError:
             if not (self.folder / INDEX).exists():
                 raise
-        return Cache.open(self.folder)
 
     def _shard(self) -> Any:
         """The open shard's writer; a new one where there is none or it is full."""
@@ -261,6 +269,19 @@ class CacheWriter:
         self._writer = ArrayRecordWriter(str(self._temporary / name), _WRITE_OPTIONS)
         self._written = 0
         return self._writer
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What keeps the cache from being written, said with its place; array_record's RuntimeErrors
+    too."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"{folder}: the prepared data cannot be written ({error}). Is the disk full? Make "
+            "room, or set data.cache_dir to another disk"
+        ) from error
 
 
 def _to_disk(file: Path) -> None:

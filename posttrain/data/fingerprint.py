@@ -98,9 +98,12 @@ def _digest(file: str, memory: Path) -> str:
     value = digest(file)
     # a file changed a moment ago may change again without showing it
     if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:
-        memory.mkdir(parents=True, exist_ok=True)
         # hosts share this folder, and containers share process ids
         temporary = known.with_name(f"{name}.{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps([*now, value]))
-        temporary.replace(known)
+        try:
+            memory.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps([*now, value]))
+            temporary.replace(known)
+        except OSError:  # a full disk, for one: the next start works it out again
+            temporary.unlink(missing_ok=True)
     return value

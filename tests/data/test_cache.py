@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -53,6 +54,23 @@ def write(folder, made, key="k", shard_bytes=cache_module.SHARD_BYTES):
         fill(writer, made[: len(made) // 2])
         fill(writer, made[len(made) // 2 :], "g.jsonl", 1, 10)
         return writer.finish(key, report(key))
+
+
+@pytest.fixture
+def small_disk():
+    """While it lasts, no file of this process grows past 1,000 bytes."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("shard_bytes", [cache_module.SHARD_BYTES, 100])
+def test_a_full_disk_is_told_with_its_folder_and_nothing_is_left(tmp_path, small_disk, shard_bytes):
+    """Met when the one file is closed, or when the first of many is."""
+    with pytest.raises(OSError, match=rf"{tmp_path}/k: the prepared data cannot be .*cache_dir"):
+        write(tmp_path / "k", examples(40), shard_bytes=shard_bytes)
+    assert not list(tmp_path.iterdir())
 
 
 def same(got, wanted):
