@@ -15,6 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pydantic import model_validator
+
 from posttrain.chat.template import ChatConfig
 from posttrain.checkpoint import CheckpointConfig, RunDir
 from posttrain.config import Config as Section
@@ -28,7 +30,7 @@ from posttrain.metrics import LogConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.optim import OptimConfig
 from posttrain.sharding import DistributedConfig, MeshConfig
-from posttrain.train.config import EvalConfig, TrainConfig
+from posttrain.train.config import EvalConfig, ReferenceSync, TrainConfig
 
 
 class Config(Section):
@@ -51,6 +53,9 @@ class Config(Section):
         help="cached: its log-probs are computed once, before training, and kept with the data; "
         "live: computed in every step, from a second set of weights",
     )
+    reference_sync: ReferenceSync | None = semantic(
+        None, help="the reference follows the policy, with reference: live (TR-DPO); none: it stays"
+    )
     optim: OptimConfig = semantic(OptimConfig(), help="how")
     train: TrainConfig = semantic(TrainConfig(), help="how long")
     eval: EvalConfig = runtime(EvalConfig(), help="held-out sets")
@@ -60,9 +65,22 @@ class Config(Section):
     log: LogConfig = runtime(LogConfig(), help="metrics")
     export: bool = runtime(True, help="write <run_dir>/export, a Hugging Face folder, at the end")
 
+    @model_validator(mode="after")
+    def _what_follows_is_live(self) -> Config:
+        if self.reference_sync is None:
+            return self
+        if "reference_logps" not in self.loss.needs:
+            raise ValueError(f"reference_sync: {type(self.loss).__name__} asks no reference")
+        if self.reference == "cached":
+            raise ValueError(
+                "reference_sync: what reference: cached holds is said by a reference that stays as "
+                "it is: set reference: live, or leave reference_sync out"
+            )
+        return self
+
 
 def run(cfg: Config) -> int:
     """Exit code: 0 done, 75 told to stop and saved. Raises ValueError on what the user can mend."""
     from posttrain.train import setup  # flax, orbax and grain load here, not for --help
 
-    return setup.run(cfg, kind=cfg.loss.data, reference=cfg.reference)
+    return setup.run(cfg, kind=cfg.loss.data, reference=cfg.reference_sync or cfg.reference)

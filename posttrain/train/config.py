@@ -29,6 +29,15 @@ class TrainConfig(Config):
         return self
 
 
+class ReferenceSync(Config):
+    """How the reference of a preference loss follows the policy (TR-DPO, train/sync.py)."""
+
+    every: int = semantic(512, gt=0, help="optimiser steps between updates of the reference")
+    mixup: float = semantic(
+        0.6, gt=0, le=1, help="share of the policy in the new reference; 1: the policy itself"
+    )
+
+
 class HeldOutConfig(Config):
     """Held-out sets, each measured under its own name. Nothing of it changes the training."""
 

@@ -96,6 +96,8 @@ class Run:
     """(state, batch, reference, frozen) -> (state, metrics)."""
     reference: Any
     """The parameters of a live reference; None: there is none."""
+    synced: bool
+    """Whether there is one in the state instead."""
     frozen: Any
     """The parameters that are not trained."""
     source: OfflineSource
@@ -212,7 +214,7 @@ class _Reporter:
             **self._memory(),
         }
         if self._steps:  # the first step's time is mostly compilation: it gives no rate
-            live = run.reference is not None
+            live = run.reference is not None or run.synced
             flops = train_flops(run.spec, size, live_reference=live) / seconds
             flat |= {
                 "examples_per_second": size.examples / seconds,

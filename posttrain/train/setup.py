@@ -24,7 +24,7 @@ from posttrain.models.nested import join
 from posttrain.models.spec import HeadName
 from posttrain.sampling import engine
 from posttrain.train import evaluate, loop
-from posttrain.train.config import EvalConfig
+from posttrain.train.config import EvalConfig, ReferenceSync
 from posttrain.train.evaluate import HeldOut
 from posttrain.train.export import export
 from posttrain.train.model import Model, open_model, use_compile_cache
@@ -35,6 +35,7 @@ from posttrain.train.rewards import HeldOutPairs
 from posttrain.train.starting import keep_frozen
 from posttrain.train.state import TrainState, abstract, new_state
 from posttrain.train.step import train_step_fn
+from posttrain.train.sync import with_reference
 from posttrain.train.trainable import describe
 from posttrain.types import DataKind
 
@@ -44,15 +45,15 @@ def run(
     devices: Sequence[Any] | None = None,
     *,
     kind: DataKind = "samples",
-    reference: ReferenceMode | None = None,
+    reference: ReferenceMode | ReferenceSync | None = None,
     head: HeadName = "lm",
 ) -> int:
     """A whole run of an offline job, on all devices or those given; its exit code.
 
     cfg: the Config of posttrain.jobs.sft, preference or reward_model. kind: what its data are.
     reference: where the log-probs of the parameters that training starts from come from, of which
-    the loss may make use; None: there are none. head: what the model ends in; a score head that
-    its folder lacks is made.
+    the loss may make use, or how the reference follows what is trained; None: there is none.
+    head: what the model ends in; a score head that its folder lacks is made.
     """
     with loop.stops_at_once():
         return _run(cfg, devices, kind, reference, head)
@@ -62,7 +63,7 @@ def _run(
     cfg: Any,
     devices: Sequence[Any] | None,
     kind: DataKind,
-    mode: ReferenceMode | None,
+    mode: ReferenceMode | ReferenceSync | None,
     head: HeadName,
 ) -> int:
     began = time.monotonic()
@@ -99,7 +100,7 @@ def _train(
     parts: Parts,
     cache: Cache,
     plan: Plan,
-    mode: ReferenceMode | None,
+    mode: ReferenceMode | ReferenceSync | None,
     resuming: bool,
     began: float,
 ) -> int:
@@ -113,13 +114,17 @@ def _train(
         return parts.restored(source) if source else model.params
 
     sets = [(cache, plan), *((held.cache, held.plan) for held in held_out)]
-    references = make_references(parts, sets, mode, starting, resuming)
+    sync = mode if isinstance(mode, ReferenceSync) else None
+    computed = None if isinstance(mode, ReferenceSync) else mode
+    references = make_references(parts, sets, computed, starting, resuming)
     checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, plain_dict(cfg))
     # a resumed run needs what it started from for what is frozen alone
     whole = starting() if not resuming or parts.split(model.params)[1] else model.params
     trained, frozen = parts.split(whole)
     keep_frozen(cfg.run_dir, frozen)
     state = new_state(trained, tx)
+    if sync is not None:
+        state = with_reference(state, sync)
     known = (model.params, starting() if starting.cache_info().currsize else None)
     if resuming:
         layout = abstract(state)
@@ -139,6 +144,7 @@ def _train(
         optim.schedule(cfg.optim, plan.steps),
         cfg.optim.clip_norm,
         state,
+        sync,
     )
     writer = Writer(cfg.run_dir, cfg.log, primary=is_primary(), resumed_at=start)
     source = OfflineSource(cache, plan, mesh, start, reference=references.stores[0])
@@ -148,6 +154,7 @@ def _train(
         spec=model.spec,
         train_step=step,
         reference=references.live,
+        synced=sync is not None,
         frozen=frozen,
         source=source,
         size=lambda k: step_size(plan, k),
@@ -234,8 +241,10 @@ def _evaluation(
     def measure(state: TrainState, step: int) -> dict[str, float]:
         found: dict[str, float] = {}
         params = join(state.params, frozen)
+        synced = state.reference is not None
+        live = join(state.reference, frozen) if synced else references.live
         for held_out in sets:
-            found |= held_out.measure(params, parts.mesh, references.live)
+            found |= held_out.measure(params, parts.mesh, live)
             if isinstance(held_out, HeldOut) and cfg.samples:
                 path = parts.cfg.run_dir / "samples" / f"{step}_{held_out.name}.jsonl"
                 evaluate.write_samples(path, held_out, tokenizer, cfg, generate, params)

@@ -15,11 +15,15 @@ from posttrain import optim, sharding
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """params: those that are trained, a nested dict of arrays (see train/trainable.py)."""
+    """params: those that are trained, a nested dict of arrays (see train/trainable.py).
+
+    reference: likewise, of a reference that follows them (see train/sync.py); None: there is none.
+    """
 
     step: jax.Array  # int32 scalar: updates made
     params: Any
     opt_state: Any
+    reference: Any = None
 
 
 def new_state(params: Any, tx: optax.GradientTransformation) -> TrainState:

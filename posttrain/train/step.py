@@ -23,7 +23,9 @@ from posttrain.metrics import Metrics
 from posttrain.models.head import token_outputs
 from posttrain.models.nested import join
 from posttrain.optim import Schedule
+from posttrain.train.config import ReferenceSync
 from posttrain.train.state import TrainState
+from posttrain.train.sync import mixed
 from posttrain.types import Batch, Extremes, Mean, Statistic, Terms, TokenOutputs
 
 
@@ -138,12 +140,14 @@ def train_step_fn(
     rate: Schedule,
     clip_norm: float | None,
     state: TrainState,
+    sync: ReferenceSync | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Jitted (state, batch, reference=None, frozen=None) -> (state, metrics).
 
     reference: the parameters of a live reference; None where the loss needs none or batches hold
     what it said. frozen: those of the model that are not in the state; None: there are none.
     The state's buffers are donated; the others are neither changed nor donated.
+    sync: how the reference in the state follows the policy, where there is one.
 
     `state` gives the layout (arrays or abstract): gradients and the new state keep it, so that the
     second call finds the shardings that the first was compiled for. Metrics are of the parameters
@@ -167,6 +171,8 @@ def train_step_fn(
     def step(
         state: TrainState, batch: Batch, reference: Any = None, frozen: Any = None
     ) -> tuple[TrainState, Metrics]:
+        if state.reference is not None:
+            reference = join(state.reference, frozen)
         statistic = forward.statistic(join(state.params, frozen), batch, reference)
         grads, count, metrics = _sum_over_micro_batches(
             lambda micro: micro_grads(state.params, micro, reference, frozen, statistic), batch
@@ -180,7 +186,10 @@ def train_step_fn(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        done, following = state.step + 1, state.reference
+        if sync is not None:
+            following = mixed(following, params, done, sync)
+        return TrainState(done, params, opt_state, following), metrics
 
     return jax.jit(
         step, donate_argnums=0, out_shardings=(layout, sharding.replicated(forward.mesh))

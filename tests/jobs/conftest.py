@@ -124,7 +124,8 @@ def run_preference(golden_pairs: list[str], tmp_path_factory: pytest.TempPathFac
         paths = [f"run_dir={folder}", f"data.cache_dir={folder}.cache"]
         cfg = config.load(preference.Config, [], [*golden_pairs, *paths, *keys])
         given = jax.devices()[:devices]
-        code = setup.run(cfg, given, kind=cfg.loss.data, reference=cfg.reference)
+        reference = cfg.reference_sync or cfg.reference
+        code = setup.run(cfg, given, kind=cfg.loss.data, reference=reference)
         return Finished(code, folder)
 
     return run
