@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import field_validator
 
 from posttrain.config import Config, runtime
-from posttrain.types import Extremes, Mean
+from posttrain.types import Extremes, Mean, Routing
 
 Metrics = dict[str, Any]
-"""What a step reports, on device: name -> Mean, Extremes or scalar."""
+"""What a step reports, on device: name -> Mean, Extremes, Routing or scalar."""
 SUPERSEDED = "metrics.superseded.jsonl"
 
 
@@ -57,12 +57,33 @@ def flatten(metrics: Mapping[str, Any], source_names: list[str]) -> dict[str, fl
         elif isinstance(value, Mean):
             if value.count > 0:
                 flat[name] = float(value.value)
+        elif isinstance(value, Routing):
+            flat |= _router(value)
         elif isinstance(value, Extremes):
             if not value.low > value.high:
                 flat |= {f"min_{name}": float(value.low), f"max_{name}": float(value.high)}
         else:
             flat[name] = float(value)
     return flat
+
+
+def _router(routing: Routing) -> dict[str, float]:
+    """What the routers of a mixture's layers did, arrays [L, ..] of sums over the real tokens.
+
+    router/balance and router/z: their losses (models/moe.py), unweighted. router/entropy: of their
+    distributions, in nats. All three are means over layers. router/max_load and router/min_load:
+    among all experts of all layers, the most and the least tokens, where 1 is an even share.
+    """
+    tokens, experts = routing.tokens.clip(1), routing.probs.shape[-1]
+    shares, probs = routing.chosen / tokens[:, None], routing.probs / tokens[:, None]
+    load = shares * experts / shares.sum(-1, keepdims=True).clip(1)
+    return {
+        "router/balance": float((shares * probs).sum(-1).mean() * experts),
+        "router/z": float((routing.z / tokens).mean()),
+        "router/entropy": float((routing.entropy / tokens).mean()),
+        "router/max_load": float(load.max()),
+        "router/min_load": float(load.min()),
+    }
 
 
 class Writer:

@@ -143,22 +143,30 @@ def _adafactor(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation
 def _muon(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
     """Jordan et al. 2024: matrices of the layers orthogonalised, the rest by Adam.
 
-    Each layer's matrix is orthogonalised by itself (the stacked dim is a batch dim), and updates
-    are scaled to Adam's RMS (0.2 * sqrt(max dim), Liu et al. 2025), so that one lr serves both.
+    Each layer's matrix, and each expert's, is orthogonalised by itself (stacked dims are batch
+    dims), and updates are scaled to Adam's RMS (0.2 * sqrt(max dim), Liu et al. 2025), so that one
+    lr serves both.
     """
     numbers = optax.contrib.MuonDimensionNumbers
-    dims = {
+    dims: dict[str, Any] = {
         **dict.fromkeys(("q", "k", "v"), numbers(1, (2, 3))),  # [L, D, heads, head_dim]
         "o": numbers((1, 2), 3),  # [L, heads, head_dim, D]
         **dict.fromkeys(("gate", "up", "down"), numbers(1, 2)),  # [L, in, out]
     }
+    experts: dict[str, Any] = dict.fromkeys(
+        ("gate", "up", "down"), numbers(2, 3)
+    )  # [L, experts, in, out]
+
+    def matrix(path: tuple[Any, ...], _: Any) -> Any:
+        names = _names(path)
+        return (experts if "moe" in names else dims).get(names[-1])
 
     def matrices(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: dims.get(_names(path)[-1]), params)
+        return jax.tree_util.tree_map_with_path(matrix, params)
 
     def labels(params: Any) -> Any:
-        def kind(path: tuple[Any, ...], _: Any) -> str:
-            return "muon" if _names(path)[-1] in dims else "adam"
+        def kind(path: tuple[Any, ...], leaf: Any) -> str:
+            return "adam" if matrix(path, leaf) is None else "muon"
 
         return jax.tree_util.tree_map_with_path(kind, params)
 

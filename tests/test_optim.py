@@ -77,6 +77,7 @@ def params_on(mesh: jax.sharding.Mesh) -> dict:
                 "o": ((3, 2, 8, 16), P(None, None, None, "fsdp")),
             },
             "mlp": {"up": ((3, 16, 24), P(None, "fsdp"))},
+            "moe": {"up": ((3, 4, 16, 24), P(None, None, "fsdp"))},
         },
     }
     put = lambda leaf: jax.device_put(  # noqa: E731
@@ -136,11 +137,12 @@ def test_muon_makes_each_layers_matrix_orthogonal_by_itself(params: dict) -> Non
     scale = 0.2 * np.sqrt(24)  # consistent RMS: 0.2 sqrt(max(in, out))
     for name, matrix in {
         "up": np.asarray(updates["layers"]["mlp"]["up"]),
+        "experts' up": np.asarray(updates["layers"]["moe"]["up"]),
         "q": np.asarray(updates["layers"]["attention"]["q"]).reshape(3, 16, 16),
         "o": np.asarray(updates["layers"]["attention"]["o"]).reshape(3, 16, 16),
     }.items():
         singular = np.linalg.svd(matrix, compute_uv=False)
-        size = scale if name == "up" else 0.2 * 4
+        size = scale if "up" in name else 0.2 * 4
         assert (singular > 0.3 * size).all(), (name, singular / size)
         assert (singular < 1.4 * size).all(), (name, singular / size)
     # what is no matrix of a layer goes through Adam: first update -lr g / (|g| + eps)

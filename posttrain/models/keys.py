@@ -57,6 +57,10 @@ KEYS = {
     "layers/mlp/gate_bias": Key(_LAYER + "mlp.gate_proj.bias"),
     "layers/mlp/up_bias": Key(_LAYER + "mlp.up_proj.bias"),
     "layers/mlp/down_bias": Key(_LAYER + "mlp.down_proj.bias"),
+    "layers/moe/router": Key(_LAYER + "mlp.gate.weight", in_dims=1),
+    "layers/moe/gate": Key(_LAYER + "mlp.experts.{expert}.gate_proj.weight", in_dims=1),
+    "layers/moe/up": Key(_LAYER + "mlp.experts.{expert}.up_proj.weight", in_dims=1),
+    "layers/moe/down": Key(_LAYER + "mlp.experts.{expert}.down_proj.weight", in_dims=1),
 }
 
 

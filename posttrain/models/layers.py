@@ -18,9 +18,11 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from posttrain.models import moe
 from posttrain.models.attention import ATTENTION, attention
 from posttrain.models.spec import LayerKind, Rope, Spec, Stack
 from posttrain.sharding import LOGICAL_RULES, constrain
+from posttrain.types import Routing
 
 
 def make_param(
@@ -158,6 +160,9 @@ class Compute:
     attention: str
 
 
+ROWS = ("batch", "length", None)
+"""The logical dims of activations [B, T, D]."""
+
 Attend = Callable[[jax.Array, jax.Array, jax.Array, LayerKind], jax.Array]
 """q [B,T,N,H], k and v [B,T,K,H] -> [B,T,N,H]: training's attention or the decoder's cache."""
 
@@ -230,6 +235,34 @@ class MLP(nnx.Module):
         return linear(self, "down", ACTIVATIONS[self.spec.activation](gate) * up)
 
 
+class Mixture(nnx.Module):
+    """Experts in the MLP's place, and the router that chooses among them: see models/moe.py.
+
+    Its weights meet their inputs there, not in `linear`: they take no adapter.
+    """
+
+    def __init__(self, spec: Spec, stack: Stack, compute: Compute, rngs: nnx.Rngs):
+        self.spec, self.compute = spec, compute
+        n, d, f, e = len(stack.layers), spec.embed, spec.expert_mlp, stack.kind.experts
+        param = functools.partial(make_param, rngs, dtype=compute.param_dtype, std=spec.init_std)
+        self.router = param((n, d, e), ("layers", *moe.ROUTER_AXES))
+        self.gate = param((n, e, d, f), ("layers", *moe.IN_AXES))
+        self.up = param((n, e, d, f), ("layers", *moe.IN_AXES))
+        self.down = param((n, e, f, d), ("layers", *moe.OUT_AXES))
+
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None) -> tuple[jax.Array, Routing]:
+        weights = (
+            w[...].astype(self.compute.dtype) for w in (self.router, self.gate, self.up, self.down)
+        )
+        return moe.moe_mlp(
+            x_BTD,
+            jnp.ones(x_BTD.shape[:2], bool) if real_BT is None else real_BT,
+            *weights,
+            chosen=self.spec.experts_chosen,
+            normalised=self.spec.experts_normalised,
+        )
+
+
 class Layer(nnx.Module):
     """Attention and MLP with residuals, and the norms that the family has before and after them.
 
@@ -248,21 +281,29 @@ class Layer(nnx.Module):
             self.attention_post_norm = norm()
         if spec.pre_norm:
             self.mlp_norm = norm()
-        self.mlp = MLP(spec, stack, compute, rngs)
+        if stack.kind.experts:
+            self.moe = Mixture(spec, stack, compute, rngs)
+        else:
+            self.mlp = MLP(spec, stack, compute, rngs)
         if spec.post_norm:
             self.mlp_post_norm = norm()
 
-    def __call__(self, x_BTD: jax.Array, ropes: Ropes, attend: Attend) -> jax.Array:
-        """One layer's output; self holds one layer's slice (no leading L)."""
+    def __call__(
+        self, x_BTD: jax.Array, ropes: Ropes, attend: Attend, real_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
+        """One layer's output; self holds one layer's slice (no leading L).
+
+        Of a mixture also what its router did with the tokens that are real (None: all are).
+        """
         spec = self.spec
-        x = constrain(x_BTD, ("batch", None, None))
+        x = constrain(x_BTD, ROWS)
         y = rms_norm(x, self.attention_norm, spec) if spec.pre_norm else x
         y = self.attention(y, ropes, attend)
         x = x + (rms_norm(y, self.attention_post_norm, spec) if spec.post_norm else y)
-        x = constrain(x, ("batch", None, None))
+        x = constrain(x, ROWS)
         y = rms_norm(x, self.mlp_norm, spec) if spec.pre_norm else x
-        y = self.mlp(y)
-        return x + (rms_norm(y, self.mlp_post_norm, spec) if spec.post_norm else y)
+        y, routing = self.moe(y, real_BT) if hasattr(self, "moe") else (self.mlp(y), None)
+        return x + (rms_norm(y, self.mlp_post_norm, spec) if spec.post_norm else y), routing
 
 
 def segment_attend(spec: Spec, segment_ids_BT: jax.Array, implementation: str) -> Attend:

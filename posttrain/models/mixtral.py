@@ -28,7 +28,7 @@ def read_spec(raw: Mapping[str, Any], where: str) -> Spec:
     """Spec of a Mixtral: a Mistral with a mixture in every layer, the chosen p's normalised."""
     only = {"router_jitter_noise": (0, None), "output_router_logits": (True, False, None)}
     fields = Fields(raw, where, defaults=_DEFAULTS, only=only)
-    fields.take("router_aux_loss_coef", None)  # training is configured by model.router_aux_weight
+    fields.take("router_aux_loss_coef", None)  # in training: train.router_balance
     window = fields.size_or_none("sliding_window")
     kind = LayerKind(window=window, experts=fields.size("num_local_experts"))
     name = "full_attention" if window is None else "sliding_attention"

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from posttrain.models.grouped_matmul import grouped_matmul
 from posttrain.sharding import batch_shards, partition_spec
-from posttrain.types import Mean, Routing
+from posttrain.types import Routing
 
 EXPERTS = "experts"  # what remat knows the results of the experts' products by
 
@@ -226,35 +226,32 @@ def _by_token_bwd(order: Any, ct: jax.Array) -> Any:
 _by_token.defvjp(_by_token_fwd, _by_token_bwd)
 
 
-def balance_loss(routing: Routing) -> jax.Array:
-    """E * sum over experts of (its share of the tokens) * (its mean probability), mean over layers.
+@dataclass(frozen=True)
+class RouterWeights:
+    """What the losses of the router are multiplied by, beside the loss that is trained."""
 
-    Switch Transformer (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6); with several experts a
-    token the shares add up to `chosen`, as in transformers and megablocks: `chosen` at perfect
-    balance. Layer by layer, as in the papers; transformers multiplies the means over all layers,
-    which lets one layer's imbalance make up for another's. The gradient is by the probabilities
-    alone. Both factors are of the tokens in `routing`: a micro-batch's, over the whole mesh.
+    balance: float
+    z: float
+
+
+NO_ROUTER = RouterWeights(0.0, 0.0)
+
+
+def router_loss(part: Routing, whole: Routing, weights: RouterWeights) -> jax.Array:
+    """The part that some tokens have in the router's losses of the whole step; parts add up.
+
+    The gradient is by part.probs and part.z. Both losses are means over tokens and layers:
+
+    balance: E * sum over experts of (its share of the tokens) * (its mean probability), from Switch
+    Transformer (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6). With several experts a token the
+    shares add up to `chosen`, as in transformers and megablocks: it is `chosen` at perfect balance.
+    Layer by layer, as in the papers; transformers multiplies the means over all layers, which lets
+    one layer's imbalance make up for another's. The shares are those of the whole step (Qiu et al.
+    2025, arXiv:2501.11873), so that they are no matter of its micro-batches.
+
+    z: logsumexp(router logits) squared, from ST-MoE (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
     """
-    n = jnp.maximum(routing.tokens, 1)[..., None]
-    shares = jax.lax.stop_gradient(routing.chosen / n)
-    return (shares * routing.probs / n).sum(-1).mean() * routing.probs.shape[-1]
-
-
-def z_loss(routing: Routing) -> jax.Array:
-    """Mean over tokens and layers of logsumexp(router logits) squared: ST-MoE (Zoph et al. 2022,
-    arXiv:2202.08906, eq. 5)."""
-    return (routing.z / jnp.maximum(routing.tokens, 1)).mean()
-
-
-def router_metrics(routing: Routing) -> dict[str, Mean]:
-    """router/balance and router/z (the losses, unweighted), router/entropy (nats, mean over layers)
-    and router_load: of each layer and expert, its tokens times E / `chosen`, 1 where all are even.
-    """
-    tokens = routing.tokens.mean()
-    even = routing.chosen.sum(-1, keepdims=True) / routing.chosen.shape[-1]
-    return {
-        "router/balance": Mean(balance_loss(routing) * tokens, tokens),
-        "router/z": Mean(routing.z.mean(), tokens),
-        "router/entropy": Mean(routing.entropy.mean(), tokens),
-        "router_load": Mean(routing.chosen, even),
-    }
+    n = jnp.maximum(whole.tokens, 1)
+    shares = jax.lax.stop_gradient(whole.chosen / n[..., None])
+    balance = (shares * part.probs / n[..., None]).sum(-1).mean() * part.probs.shape[-1]
+    return weights.balance * balance + weights.z * (part.z / n).mean()

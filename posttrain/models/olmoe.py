@@ -15,7 +15,7 @@ def read_spec(raw: Mapping[str, Any], where: str) -> Spec:
     """Spec of an OLMoE: a mixture in every layer; q and k are normalised over all heads."""
     only = {"output_router_logits": (True, False, None), "clip_qkv": (None,)}
     fields = Fields(raw, where, defaults=_DEFAULTS, only=only)
-    fields.take("router_aux_loss_coef", None)  # training is configured by model.router_aux_weight
+    fields.take("router_aux_loss_coef", None)  # in training: train.router_balance
     return read_dense(
         fields,
         qkv_bias="attention_bias",

@@ -10,7 +10,6 @@ from posttrain.models.spec import LayerKind, Spec
 
 _DEFAULTS = {
     "num_key_value_heads": 4,
-    "num_experts": 128,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
     "sliding_window": 4096,
@@ -22,10 +21,12 @@ def read_spec(raw: Mapping[str, Any], where: str) -> Spec:
     for those in mlp_only_layers. norm_topk_prob says whether the chosen p's are normalised."""
     only = {"output_router_logits": (True, False, None)}
     fields = Fields(raw, where, defaults=_DEFAULTS, only=only)
-    fields.take("router_aux_loss_coef", None)  # training is configured by model.router_aux_weight
+    fields.take("router_aux_loss_coef", None)  # in training: train.router_balance
     fields.take("max_window_layers", None)  # transformers gives all layers the window
     layers, dense = fields.size("num_hidden_layers"), set(fields.take("mlp_only_layers", []))
-    step, experts = fields.size("decoder_sparse_step", 1), fields.size("num_experts")
+    step = fields.size("decoder_sparse_step", 1)
+    # what transformers 5 writes, and what files had before
+    experts = fields.size("num_local_experts", fields.size("num_experts", 128))
     window = fields.size_or_none("sliding_window")
     if not fields.take("use_sliding_window", False):
         window = None

@@ -117,6 +117,12 @@ class Spec:
     """Likewise the logits."""
     pattern: tuple[LayerKind, ...] = (LayerKind(),)
     """The kinds of the layers, first to last, repeated to the model's depth."""
+    experts_chosen: int = 0
+    """How many experts of a mixture see each token."""
+    experts_normalised: bool = False
+    """Whether the probabilities that weigh them are over their sum."""
+    expert_mlp: int = 0
+    """Width of an expert."""
     tensors: tuple[tuple[str, str], ...] = ()
     """(parameter, tensor) where the file's name is not Llama's: see models/keys.py."""
     head: HeadName = "lm"
@@ -131,13 +137,18 @@ class Spec:
         return dataclasses.replace(self, vocab_size=vocab_size, vocab_rows=rows)
 
     @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Of each layer."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.layers))
+
+    @property
     def groups(self) -> tuple[tuple[Stack, ...], ...]:
         """The layers as they are scanned: a group's stacks are one period of it, in order.
 
         Layers all alike are one group of one stack; five local layers and a global one, four
         times, and two local ones more, are a group of six stacks and a group of one.
         """
-        return _groups(self.pattern, self.layers)
+        return _groups(self.kinds)
 
     @property
     def stacks(self) -> dict[str, Stack]:
@@ -152,17 +163,19 @@ class Spec:
         attention += self.qkv_bias * h * (self.heads + 2 * self.kv_heads) + self.out_bias * d
         if self.qk_norm:
             attention += h * (2 if self.qk_norm == "head" else self.heads + self.kv_heads)
-        mlp = 3 * d * self.mlp + self.mlp_bias * (2 * self.mlp + d)
+        dense = 3 * d * self.mlp + self.mlp_bias * (2 * self.mlp + d)
+        each = d + 3 * d * self.expert_mlp  # the router's column, and the expert
+        mlps = sum(kind.experts * each if kind.experts else dense for kind in self.kinds)
         vocab = self.vocab_size * d * (1 if self.tied or self.head == "score" else 2)
         vocab += d * (self.head == "score")
         norms = 2 * d * (self.pre_norm + self.post_norm)
-        return self.layers * (attention + mlp + norms) + vocab + d
+        return self.layers * (attention + norms) + mlps + vocab + d
 
 
 @functools.cache
-def _groups(pattern: Sequence[LayerKind], layers: int) -> tuple[tuple[Stack, ...], ...]:
+def _groups(kinds: Sequence[LayerKind]) -> tuple[tuple[Stack, ...], ...]:
     """From the front, each time the period that covers the most layers; the shortest of equals."""
-    kinds = [pattern[i % len(pattern)] for i in range(layers)]
+    layers = len(kinds)
     groups: list[tuple[Stack, ...]] = []
     at = names = 0
     while at < layers:

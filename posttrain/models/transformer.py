@@ -17,6 +17,7 @@ from posttrain.models.attention import ATTENTION
 from posttrain.models.embedding import look_up
 from posttrain.models.head import soft_cap
 from posttrain.models.layers import (
+    ROWS,
     Attend,
     Compute,
     Layer,
@@ -27,17 +28,24 @@ from posttrain.models.layers import (
     rope_tables,
     segment_attend,
 )
+from posttrain.models.moe import EXPERTS
 from posttrain.models.score import segment_scores
 from posttrain.models.spec import ModelConfig, Spec, Stack
 from posttrain.sharding import constrain, named_sharding
+from posttrain.types import Routing
 
 _POLICIES = jax.checkpoint_policies
 _INPUT = "layer_input"  # what remat knows a layer's input by
 
 
+def _and(policy: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """What `policy` keeps, and what has one of these names."""
+    return _POLICIES.save_from_both_policies(policy, _POLICIES.save_only_these_names(*names))
+
+
 def _with_attention(policy: Callable[..., Any]) -> Callable[..., Any]:
     """What `policy` keeps, and the results of attention."""
-    named = _POLICIES.save_from_both_policies(policy, _POLICIES.save_only_these_names(ATTENTION))
+    named = _and(policy, ATTENTION)
 
     def keep(primitive: Any, *args: Any, **params: Any) -> Any:
         # cudnn's kernel gives no name to what its backward pass reads
@@ -48,13 +56,15 @@ def _with_attention(policy: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # What the backward pass keeps of each layer; the rest is computed again. With no policy at all a
-# scan would keep every intermediate, and a copy of each weight, gathered.
+# scan would keep every intermediate, and a copy of each weight, gathered. The products of experts
+# are matmuls that no policy of jax's knows as such.
+_WEIGHT_MATMULS = _and(_POLICIES.dots_with_no_batch_dims_saveable, EXPERTS)
 REMAT: dict[str, Callable[..., Any]] = {
-    "none": _with_attention(_POLICIES.dots_with_no_batch_dims_saveable),
+    "none": _with_attention(_WEIGHT_MATMULS),
     "full": _POLICIES.nothing_saveable,
     "attention": _with_attention(_POLICIES.nothing_saveable),
-    "dots": _POLICIES.dots_with_no_batch_dims_saveable,
-    "dots_batch": _POLICIES.dots_saveable,
+    "dots": _WEIGHT_MATMULS,
+    "dots_batch": _and(_POLICIES.dots_saveable, EXPERTS),
     "offload": _POLICIES.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_INPUT],
@@ -87,7 +97,7 @@ class Transformer(nnx.Module):
         x = look_up(self.embedding[...], tokens_BT, self.compute.dtype)
         if self.spec.embed_scale != 1:
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
-        return constrain(x, ("batch", None, None))
+        return constrain(x, ROWS)
 
     def hidden(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
@@ -96,32 +106,50 @@ class Transformer(nnx.Module):
 
         positions restart in each segment; a segment sees itself alone; 0 is padding.
         """
+        return self.routed(tokens_BT, positions_BT, segment_ids_BT)[0]
+
+    def routed(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> tuple[jax.Array, Routing | None]:
+        """hidden, and what the routers of the layers that are mixtures did; None: there are none.
+
+        The Routing has a leading dim, those layers in the order of spec.stacks.
+        """
         ropes = rope_tables(self.spec, positions_BT)
         attend = segment_attend(self.spec, segment_ids_BT, self.compute.attention)
-        x = self.embed(tokens_BT)
+        x, found = self.embed(tokens_BT), []
         for group in self.spec.groups:
-            x = self._scan(group, x, ropes, attend)
-        return self.normed(constrain(x, ("batch", None, None)))
+            x, routings = self._scan(group, x, ropes, attend, segment_ids_BT > 0)
+            found += [routing for routing in routings if routing is not None]
+        routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else None
+        return self.normed(constrain(x, ROWS)), routing
 
     def _scan(
-        self, group: tuple[Stack, ...], x_BTD: jax.Array, ropes: Ropes, attend: Attend
-    ) -> jax.Array:
-        """The layers of a group: each step of the scan is one period, each layer its own remat."""
+        self, group: tuple[Stack, ...], x_BTD: jax.Array, ropes: Ropes, attend: Attend,
+        real_BT: jax.Array,
+    ) -> tuple[jax.Array, list[Routing | None]]:  # fmt: skip
+        """The layers of a group: each step of the scan is one period, each layer its own remat.
+
+        Gives the Routing of each stack too, [L, ...].
+        """
         split = [nnx.split(self.layers[stack.name]) for stack in group]
         # XLA inlines a loop of one step, and could then keep what remat means to drop
         once = len(group[0].layers) == 1
 
-        def period(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
+        def period(x: jax.Array, layers: Any) -> tuple[jax.Array, list[Routing | None]]:
+            routings = []
             for (graph, _), layer in zip(split, layers, strict=True):
 
-                def run(x: jax.Array, layer: nnx.State, graph: Any = graph) -> jax.Array:
-                    return nnx.merge(graph, layer)(checkpoint_name(x, _INPUT), ropes, attend)
+                def run(x: jax.Array, layer: nnx.State, graph: Any = graph) -> Any:
+                    x = checkpoint_name(x, _INPUT)
+                    return nnx.merge(graph, layer)(x, ropes, attend, real_BT)
 
                 policy = REMAT[self.compute.remat]
-                x = jax.checkpoint(run, policy=policy, prevent_cse=once)(x, layer)
-            return x, None
+                x, routing = jax.checkpoint(run, policy=policy, prevent_cse=once)(x, layer)
+                routings.append(routing)
+            return x, routings
 
-        return jax.lax.scan(period, x_BTD, tuple(state for _, state in split))[0]
+        return jax.lax.scan(period, x_BTD, tuple(state for _, state in split))
 
     def normed(self, x_BTD: jax.Array) -> jax.Array:
         """The final norm."""

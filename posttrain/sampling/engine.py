@@ -224,7 +224,7 @@ def _layers(
     trunk = nnx.merge(static.trunk, weights[0])
     ropes = rope_tables(trunk.spec, positions_BT)
     for i, (graph, layer) in enumerate(zip(static.layers, weights[1], strict=True)):
-        x_BTD = nnx.merge(graph, layer)(x_BTD, ropes, functools.partial(attend, i))
+        x_BTD, _ = nnx.merge(graph, layer)(x_BTD, ropes, functools.partial(attend, i))
     return trunk.normed(x_BTD)
 
 

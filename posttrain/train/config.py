@@ -22,6 +22,11 @@ class TrainConfig(Config):
         None, help="patterns of parameters, as embedding or *norm, that stay as they are"
     )
 
+    router_balance: float = semantic(
+        0.0, ge=0, help="of a mixture of experts: weight of its router's balance loss"
+    )
+    router_z: float = semantic(0.0, ge=0, help="likewise of its z loss")
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if self.epochs is not None and self.steps is not None:

@@ -14,6 +14,7 @@ from posttrain.data.cache import Cache
 from posttrain.data.config import DataConfig
 from posttrain.data.plan import BatchConfig, Plan
 from posttrain.data.prepare import prepare
+from posttrain.models.moe import RouterWeights
 from posttrain.models.nested import Rule, split
 from posttrain.train.evaluate import HeldOut
 from posttrain.train.model import Model
@@ -54,6 +55,7 @@ class Parts:
             budget=plan.head_budget(),
             head_chunk=self.cfg.train.head_chunk,
             sources=sources,
+            router=RouterWeights(self.cfg.train.router_balance, self.cfg.train.router_z),
         )
 
     def held_out(self) -> list[HeldOut | HeldOutPairs]:

@@ -77,6 +77,7 @@ def _run(
         parts = Parts(cfg, mesh, open_model(cfg, mesh, head=head, new_head=True), kind)
         parts.split(parts.model.params)  # refuses patterns that name nothing before data are read
         _refuse_long_rows(cfg.data.seq_len, parts.model)
+        _refuse_what_has_no_use(cfg, mesh, parts.model)
         if head == "score" and cfg.export:  # what the export would refuse, before training
             parts.model.tokenizer.padding_apart(parts.model.chat.stop_ids)
         cache = parts.prepare(cfg.data, "data.sources")
@@ -94,6 +95,27 @@ def _refuse_long_rows(seq_len: int, model: Model) -> None:
             f"(max_position_embeddings of {model.folder}/config.json): lower data.seq_len; "
             "data.too_long says what becomes of longer examples"
         )
+
+
+def _refuse_what_has_no_use(cfg: Any, mesh: jax.sharding.Mesh, model: Model) -> None:
+    """Devices that would do what others do, and losses of a router where there is none."""
+    experts = max(kind.experts for kind in model.spec.kinds)
+    wrong = []
+    for axis, size, what in (
+        ("expert", experts, f"the {experts} experts of {model.folder}"),
+        ("context", cfg.data.seq_len, f"data.seq_len={cfg.data.seq_len}"),
+    ):
+        if (n := mesh.shape[axis]) > 1 and (size == 0 or size % n):
+            said = f"does not divide {what}" if size else f"{model.spec.family} has no experts"
+            wrong.append(f"mesh.{axis} is {n}: {said}")
+    if not experts:
+        wrong += [
+            f"train.{name} is {value:g}: {model.spec.family} has no experts, and so no router"
+            for name in ("router_balance", "router_z")
+            if (value := getattr(cfg.train, name))
+        ]
+    if wrong:
+        raise ConfigError("\n    ".join(wrong))
 
 
 def _train(

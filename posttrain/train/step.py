@@ -2,7 +2,8 @@
 
 A step takes a Batch of A micro-batches. Losses and metrics travel as (total, count); gradients of
 totals are added up in float32 and divided by the count once: accumulation, packing, the mesh and
-the number of hosts add the same numbers in another order, and change nothing else.
+the number of hosts add the same numbers in another order, and change nothing else. What a
+micro-batch has to know of the others is made in a forward pass over all of them before.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from flax import nnx
 from posttrain import sharding
 from posttrain.metrics import Metrics
 from posttrain.models.head import token_outputs
+from posttrain.models.moe import NO_ROUTER, RouterWeights, router_loss
 from posttrain.models.nested import join
 from posttrain.optim import Schedule
 from posttrain.train.config import ReferenceSync
 from posttrain.train.state import TrainState
 from posttrain.train.sync import mixed
-from posttrain.types import Batch, Extremes, Mean, Statistic, Terms, TokenOutputs
+from posttrain.types import Batch, Extremes, Mean, Routing, Statistic, Terms, TokenOutputs
 
 
 @runtime_checkable
@@ -40,11 +42,27 @@ class Coupled(Protocol):
     def statistic(self, outputs: TokenOutputs, batch: Batch, /) -> Statistic: ...
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Whole:
+    """What one micro-batch has to know of all of the step's; parts add up.
+
+    statistic: of a Coupled loss. routing and count (of the loss): where routers are trained by
+    losses of their own.
+    """
+
+    statistic: Statistic | None = None
+    routing: Routing | None = None
+    count: Any = None
+
+
 @dataclass(frozen=True)
 class Forward:
     """All that is static in computing a loss: the model's structure, the loss, the head's budget.
 
     budget: trained positions that one shard's rows of one micro-batch hold at the most.
+    router: weights of the losses of a mixture's router, which are trained beside the loss and not
+    in the `loss` that is reported; their means are over all real tokens of the step.
     """
 
     graphdef: Any
@@ -53,41 +71,58 @@ class Forward:
     budget: int
     head_chunk: int
     sources: int
+    router: RouterWeights = NO_ROUTER
 
     def __call__(
-        self, params: Any, micro: Batch, reference: Any = None, statistic: Statistic | None = None
+        self, params: Any, micro: Batch, reference: Any = None, whole: Whole | None = None
     ) -> tuple[Mean, Metrics]:
-        """(loss, metrics) of one micro-batch [B, T].
+        """(what is trained, metrics) of one micro-batch [B, T].
 
         `reference`: the parameters of a live reference, whose log-probabilities take the place of
-        micro.reference_logps where the loss needs them. `statistic`: of a Coupled loss, the whole
-        step's; None where the step has this one micro-batch.
+        micro.reference_logps where the loss needs them. `whole`: of the whole step; None where the
+        step has this one micro-batch.
         """
         micro = self._referenced(micro, reference)
         outputs = self.outputs(params, micro, self.loss.needs)
-        terms: Terms
-        if isinstance(self.loss, Coupled):
-            statistic = self.loss.statistic(outputs, micro) if statistic is None else statistic
-            terms = self.loss(outputs, micro, jax.lax.stop_gradient(statistic))
-        else:
-            terms = self.loss(outputs, micro)
+        whole = jax.lax.stop_gradient(self._whole(outputs, micro) if whole is None else whole)
+        terms = self._terms(outputs, micro, whole.statistic)
         loss = Mean((terms.values * terms.weights).sum(), terms.weights.sum())
-        return loss, {**terms.metrics, "loss": loss, "loss_by_source": self._by_source(terms)}
+        metrics = {**terms.metrics, "loss": loss, "loss_by_source": self._by_source(terms)}
+        if outputs.routing is not None:
+            metrics["routing"] = outputs.routing
+            if whole.routing is not None:  # a mean, among totals that the count divides
+                beside = router_loss(outputs.routing, whole.routing, self.router)
+                loss = Mean(loss.total + whole.count * beside, loss.count)
+        return loss, metrics
 
-    def statistic(self, params: Any, batch: Batch, reference: Any) -> Statistic | None:
-        """What a Coupled loss has to know of a step of several micro-batches: a pass over them all.
+    def whole(self, params: Any, batch: Batch, reference: Any) -> Whole | None:
+        """What has to be known of a step of several micro-batches: a pass over them all.
 
-        None for other losses, and where there is one micro-batch, whose outputs serve for both.
+        None where nothing has, and where there is one, whose outputs serve for both.
         """
-        loss = self.loss
-        if not isinstance(loss, Coupled) or batch.tokens.shape[0] == 1:
+        coupled = isinstance(self.loss, Coupled) or self.router != NO_ROUTER
+        if not coupled or batch.tokens.shape[0] == 1:
             return None
 
-        def part(micro: Batch) -> Statistic:
+        def part(micro: Batch) -> Whole:
             micro = self._referenced(micro, reference)
-            return loss.statistic(self.outputs(params, micro, loss.needs), micro)
+            return self._whole(self.outputs(params, micro, self.loss.needs), micro)
 
         return _sum_over_micro_batches(part, batch)
+
+    def _whole(self, outputs: TokenOutputs, micro: Batch) -> Whole:
+        """One micro-batch's part of it."""
+        loss = self.loss
+        statistic = loss.statistic(outputs, micro) if isinstance(loss, Coupled) else None
+        if self.router == NO_ROUTER:
+            return Whole(statistic)
+        # how many terms there are is no matter of the statistic: a part of it will do
+        count = self._terms(outputs, micro, statistic).weights.sum()
+        return Whole(statistic, outputs.routing, count)
+
+    def _terms(self, outputs: TokenOutputs, micro: Batch, statistic: Statistic | None) -> Terms:
+        coupled = () if statistic is None else (jax.lax.stop_gradient(statistic),)
+        return self.loss(outputs, micro, *coupled)
 
     def _referenced(self, micro: Batch, reference: Any) -> Batch:
         """The micro-batch with what a live reference says, where the loss needs it."""
@@ -104,11 +139,12 @@ class Forward:
         A reward model says one thing of each segment: its score.
         """
         model = nnx.merge(self.graphdef, params)
-        hidden_BTD = model.hidden(micro.tokens, micro.positions, micro.segment_ids)
+        hidden_BTD, routing = model.routed(micro.tokens, micro.positions, micro.segment_ids)
         if model.spec.head == "score":
             segments = micro.example_ids.shape[-1]
-            return TokenOutputs(scores=model.scores(hidden_BTD, micro.segment_ids, segments))
-        return token_outputs(
+            scores = model.scores(hidden_BTD, micro.segment_ids, segments)
+            return TokenOutputs(scores=scores, routing=routing)
+        said = token_outputs(
             hidden_BTD,
             model.head_kernel(),
             micro.tokens,
@@ -123,6 +159,7 @@ class Forward:
             correct="correct" in needs,
             log_sum_sq="log_sum_sq" in needs,
         )
+        return dataclasses.replace(said, routing=routing)
 
     def _by_source(self, terms: Terms) -> Mean:
         """The loss of each data source apart: totals and counts of shape [sources]."""
@@ -157,9 +194,9 @@ def train_step_fn(
     layout = jax.tree.map(lambda x: x.sharding, state)
 
     def total(
-        params: Any, micro: Batch, reference: Any, frozen: Any, statistic: Any
+        params: Any, micro: Batch, reference: Any, frozen: Any, whole: Whole | None
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, metrics = forward(join(params, frozen), micro, reference, statistic)
+        loss, metrics = forward(join(params, frozen), micro, reference, whole)
         return loss.total, (loss.count, metrics)
 
     def micro_grads(params: Any, micro: Batch, *others: Any) -> tuple[Any, jax.Array, Metrics]:
@@ -173,9 +210,9 @@ def train_step_fn(
     ) -> tuple[TrainState, Metrics]:
         if state.reference is not None:
             reference = join(state.reference, frozen)
-        statistic = forward.statistic(join(state.params, frozen), batch, reference)
+        whole = forward.whole(join(state.params, frozen), batch, reference)
         grads, count, metrics = _sum_over_micro_batches(
-            lambda micro: micro_grads(state.params, micro, reference, frozen, statistic), batch
+            lambda micro: micro_grads(state.params, micro, reference, frozen, whole), batch
         )
         grads = jax.tree.map(lambda g: g / count, grads)
         norm = optax.tree.norm(grads)
@@ -197,12 +234,13 @@ def train_step_fn(
 
 
 def eval_step_fn(forward: Forward) -> Callable[..., Metrics]:
-    """Jitted (params, batch, reference=None) -> metrics as Means, to be added over batches."""
+    """Jitted (params, batch, reference=None) -> metrics as sums, to be added over batches."""
+    forward = dataclasses.replace(forward, router=NO_ROUTER)  # whose losses train alone
 
     def step(params: Any, batch: Batch, reference: Any = None) -> Metrics:
-        statistic = forward.statistic(params, batch, reference)
+        whole = forward.whole(params, batch, reference)
         return _sum_over_micro_batches(
-            lambda micro: forward(params, micro, reference, statistic)[1], batch
+            lambda micro: forward(params, micro, reference, whole)[1], batch
         )
 
     return jax.jit(step, out_shardings=sharding.replicated(forward.mesh))

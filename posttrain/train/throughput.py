@@ -1,11 +1,12 @@
 """How much arithmetic a step is, by a stated convention, and what share of the peak that makes.
 
 CONVENTION: 6 FLOPs (2 forward, 4 backward) per weight of each matmul per token that passes it: the
-layers' matrices once per non-padding token, the vocabulary head once per TRAINED token (it runs on
-no other; a reward model has none). Attention is causal and within its segment: a segment of n
-tokens has n (n + 1) / 2 query-key pairs, each 2 matmuls of 2 * heads * head_dim FLOPs forward,
-three times that in training. A live reference adds a forward pass of all of it. Padding,
-rematerialisation and the optimiser count nothing.
+layers' matrices once per non-padding token (of a mixture the router and the experts that a token is
+sent to), the vocabulary head once per TRAINED token (it runs on no other; a reward model has none).
+Attention is causal and within its segment: a segment of n tokens has n (n + 1) / 2 query-key pairs,
+each 2 matmuls of 2 * heads * head_dim FLOPs forward, three times that in training. A live reference
+adds a forward pass of all of it. Padding, rematerialisation and the optimiser count nothing, nor do
+passes for what a loss must know of a step's other micro-batches.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class StepSize:
 def train_flops(spec: Spec, size: StepSize, *, live_reference: bool = False) -> float:
     """FLOPs of one optimiser step by CONVENTION."""
     width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    layer = spec.embed * (2 * width + 2 * kv_width + 3 * spec.mlp)
-    matmuls = 6 * spec.layers * layer * size.tokens
+    attended = spec.layers * (2 * width + 2 * kv_width)
+    mixed = 3 * spec.experts_chosen * spec.expert_mlp
+    mlps = sum(mixed + kind.experts if kind.experts else 3 * spec.mlp for kind in spec.kinds)
+    matmuls = 6 * spec.embed * (attended + mlps) * size.tokens
     head = 6 * spec.embed * spec.vocab_size * size.trained if spec.head == "lm" else 0
     attention = 12 * spec.layers * width * size.keys_seen
     forward_and_backward = float(matmuls + head + attention)

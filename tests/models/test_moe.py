@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,19 +12,20 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from posttrain.metrics import flatten
+from posttrain.models import read_spec
 from posttrain.models.moe import (
     IN_AXES,
     OUT_AXES,
     ROUTER_AXES,
-    balance_loss,
+    RouterWeights,
     moe_mlp,
-    router_metrics,
-    z_loss,
+    router_loss,
 )
 from posttrain.sharding import partition_spec
 from posttrain.types import Routing
 from tests.models.hlo import collectives
-from tests.models.tiny import mesh_of
+from tests.models.tiny import mesh_of, write_config
 
 B, T, D, E, F, CHOSEN = 8, 12, 16, 8, 24, 2
 WEIGHTS = ("router", "gate", "up", "down")
@@ -107,7 +109,7 @@ def objective(case: dict[str, Any], params: dict[str, Any], grouped: bool) -> ja
         z = (lse**2 * real).sum() / real.sum()
         return (all_experts(case) * case["back"]).sum() + 3 * balance + 2 * z
     y, routing = run(case)
-    return (y * case["back"]).sum() + 3 * balance_loss(routing) + 2 * z_loss(routing)
+    return (y * case["back"]).sum() + router_loss(routing, routing, RouterWeights(3, 2))
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +190,11 @@ def routing_of(rng: np.random.Generator, layers: int) -> tuple[Routing, np.ndarr
     return Routing(*(jnp.asarray(x, jnp.float32) for x in sums)), logits
 
 
+BALANCE, Z = RouterWeights(1, 0), RouterWeights(0, 1)
+
+
 def test_router_losses_are_the_papers() -> None:
-    """Switch Transformer, eq. 4 to 6, and ST-MoE, eq. 5, layer by layer."""
+    """Switch Transformer, eq. 4 to 6, and ST-MoE, eq. 5, layer by layer; also what is reported."""
     routing, logits = routing_of(np.random.default_rng(1), layers=3)
     balance, z = [], []
     for layer in logits:
@@ -198,27 +203,33 @@ def test_router_losses_are_the_papers() -> None:
         f = np.array([(best == e).any(1).mean() for e in range(E)])
         balance.append(E * (f * p.mean(0)).sum())
         z.append((np.log(np.exp(layer).sum(-1)) ** 2).mean())
-    np.testing.assert_allclose(balance_loss(routing), np.mean(balance), rtol=1e-6)
-    np.testing.assert_allclose(z_loss(routing), np.mean(z), rtol=1e-6)
+    np.testing.assert_allclose(router_loss(routing, routing, BALANCE), np.mean(balance), rtol=1e-6)
+    np.testing.assert_allclose(router_loss(routing, routing, Z), np.mean(z), rtol=1e-6)
+    said = flatten({"routing": jax.device_get(routing)}, [])
+    np.testing.assert_allclose(said["router/balance"], np.mean(balance), rtol=1e-6)
+    np.testing.assert_allclose(said["router/z"], np.mean(z), rtol=1e-6)
 
 
 def test_balance_is_the_number_chosen_where_all_is_even_and_more_where_not() -> None:
     even = Routing(jnp.full(E, 10.0), jnp.full(E, 5.0), *(jnp.float32(x) for x in (0, 0, 40)))
-    np.testing.assert_allclose(balance_loss(even), CHOSEN, rtol=1e-6)
+    np.testing.assert_allclose(router_loss(even, even, BALANCE), CHOSEN, rtol=1e-6)
     one = jnp.zeros(E).at[:2].set(40.0)
-    np.testing.assert_allclose(
-        balance_loss(Routing(one, one / 2, even.z, even.entropy, even.tokens)), E, rtol=1e-6
-    )
+    worst = Routing(one, one / 2, even.z, even.entropy, even.tokens)
+    np.testing.assert_allclose(router_loss(worst, worst, BALANCE), E, rtol=1e-6)
 
 
-def test_metrics_of_parts_add_up() -> None:
+def test_the_losses_of_parts_add_up_with_the_shares_of_the_whole() -> None:
     rng = np.random.default_rng(2)
-    (one, _), (other, _) = routing_of(rng, 2), routing_of(rng, 2)
-    whole = router_metrics(jax.tree.map(jnp.add, one, other))
-    parts = {n: m + router_metrics(other)[n] for n, m in router_metrics(one).items()}
-    for name in ("router/z", "router/entropy", "router_load"):
-        np.testing.assert_allclose(
-            parts[name].total / parts[name].count, whole[name].total / whole[name].count, rtol=1e-6
-        )
-    load = whole["router_load"]
-    np.testing.assert_allclose((load.total / load.count).mean(), 1, rtol=1e-6)
+    parts = [routing_of(rng, 2)[0] for _ in range(3)]
+    whole = jax.tree.map(lambda *x: sum(x), *parts)
+    for weights in (BALANCE, Z):
+        found = sum(router_loss(part, whole, weights) for part in parts)
+        np.testing.assert_allclose(found, router_loss(whole, whole, weights), rtol=1e-6)
+
+
+def test_parameters_are_counted(tmp_path: Path) -> None:
+    """By hand: 64 wide, 4 heads of 24 and 2 of keys, 160 tokens; 8 experts in 1 of 2 layers."""
+    spec = read_spec(write_config(tmp_path, "qwen3_moe", tie_word_embeddings=True))
+    attention = 2 * 64 * 4 * 24 + 2 * 64 * 2 * 24 + 2 * 24 + 2 * 64
+    mixture = 64 * 8 + 8 * 3 * 64 * 24
+    assert spec.parameters == 2 * attention + 3 * 64 * 96 + mixture + 160 * 64 + 64

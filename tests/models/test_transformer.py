@@ -141,6 +141,9 @@ def test_biases_and_norms_only_where_the_family_has_them(tmp_path: Path) -> None
         "gemma3_text": pre | post | {"q_norm", "k_norm"},
         "phi3": pre,
         "olmo2": post | {"q_norm", "k_norm"},
+        "mixtral": pre | {"router"},
+        "qwen3_moe": pre | {"q_norm", "k_norm", "router"},
+        "olmoe": pre | {"q_norm", "k_norm", "router"},
     }
     assert "head" in leaves["llama"]
     assert "head" not in leaves["qwen2"]

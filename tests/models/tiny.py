@@ -55,6 +55,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "phi3": {"model_type": "phi3", "tie_word_embeddings": False, **_SHARED},
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, **_SHARED},
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+        **_SHARED,
+    },
+    # a dense layer, then a mixture
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "head_dim": 24,
+        **_SHARED,
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 2, **_SHARED},
 }
 MESHES = [(1, 1, 1), (2, 4, 1), (1, 4, 2), (1, 1, 8)]
 

@@ -21,6 +21,7 @@ from posttrain import sharding
 from posttrain.data.plan import BatchConfig, Plan
 from posttrain.losses.dpo import DPO
 from posttrain.losses.nll import NLL
+from posttrain.models.moe import NO_ROUTER, RouterWeights
 from posttrain.train.offline import OfflineSource
 from posttrain.train.state import new_state
 from posttrain.train.step import Forward, eval_step_fn, train_step_fn
@@ -68,20 +69,22 @@ class FakeReference:
 
 
 def step(
-    folder: Path, mesh_sizes: tuple[int, int, int], *, loss: Any = DPO_LOSS, data: Any = None,
-    live: bool = False, evaluate: bool = False, **batch: Any,
+    folder: Path, mesh_sizes: tuple[int, ...], *, loss: Any = DPO_LOSS, data: Any = None,
+    live: bool = False, evaluate: bool = False, family: str = "llama",
+    router: RouterWeights = NO_ROUTER, **batch: Any,
 ) -> tuple[dict[str, Any], Any]:  # fmt: skip
     """One step over all the data: (metrics, gradient as numpy)."""
     data = data or FakePairs()
     mesh = mesh_of(*mesh_sizes)
     with jax.set_mesh(mesh):
-        model = open_tiny(folder, "llama", mesh)
+        model = open_tiny(folder, family, mesh)
         params = nnx.to_pure_dict(model.state)
         settings = {"examples": len(data.examples) // data.sides, "order": "sequential"} | batch
         shards = sharding.batch_shards(mesh)
         plan = Plan(data, BatchConfig(**settings), seq_len=SEQ_LEN, seed=0, epochs=1,
                     batch_shards=shards)  # fmt: skip
-        forward = Forward(model.graph, loss, mesh, plan.head_budget(), head_chunk=64, sources=2)
+        forward = Forward(model.graph, loss, mesh, plan.head_budget(), head_chunk=64, sources=2,
+                          router=router)  # fmt: skip
         needed = "reference_logps" in loss.needs
         reference = FakeReference(data) if needed and not live else None
         source = OfflineSource(data, plan, mesh, reference=reference)
@@ -106,7 +109,10 @@ def assert_same(found: tuple[dict[str, Any], Any], want: tuple[dict[str, Any], A
     np.testing.assert_allclose(found[0]["loss"].value, want[0]["loss"].value, rtol=1e-6)
     np.testing.assert_allclose(found[0]["grad_norm"], want[0]["grad_norm"], rtol=1e-5)
     for name, value in want[0].items():
-        if name not in ("learning_rate", "grad_norm"):
+        if name == "routing":
+            for ours, theirs in zip(*map(jax.tree.leaves, (found[0][name], value)), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        elif name not in ("learning_rate", "grad_norm"):
             assert np.array_equal(found[0][name].count, value.count), name
             np.testing.assert_allclose(found[0][name].total, value.total, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(want[1]), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from posttrain.models.spec import Rope, Spec
+from posttrain.models.spec import LayerKind, Rope, Spec
 from posttrain.train.throughput import StepSize, train_flops
 
 SPEC = Spec(
@@ -38,6 +38,15 @@ def test_train_flops_count_three_times_the_forward_matmuls() -> None:
     )
     assert train_flops(SPEC, size) == 3 * forward_flops(segments, trained)
     assert train_flops(SPEC, size, live_reference=True) == 4 * forward_flops(segments, trained)
+
+
+def test_of_a_mixture_the_experts_of_a_token_count() -> None:
+    """Two of its three layers: a router of 12 x 6, and 2 of 6 experts."""
+    kinds = (LayerKind(), LayerKind(experts=6), LayerKind(experts=6))
+    mixture = dataclasses.replace(SPEC, pattern=kinds, experts_chosen=2, expert_mlp=7)
+    size = StepSize(examples=1, tokens=10, trained=4, positions=16, keys_seen=55)
+    gap = 2 * 12 * (2 * 3 * 7 + 6 - 3 * 17)
+    assert train_flops(mixture, size) - train_flops(SPEC, size) == 6 * 10 * gap
 
 
 def test_pitfall_33_padding_and_untrained_positions_count_nothing() -> None:
