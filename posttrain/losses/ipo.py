@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from posttrain.config import semantic
 from posttrain.losses.pair_loss import MarginLoss, PairSums, ReferenceLoss
+
+_FARTHEST = 1e15
 
 
 class IPO(MarginLoss):
@@ -20,7 +23,9 @@ class IPO(MarginLoss):
     """
 
     def per_pair(self, pairs: PairSums) -> Float[Array, " P"]:
-        return (pairs.margins(normalised=True) - 0.5 / self.beta) ** 2
+        # of other divergences margins may be near float32's end, and squares past it
+        margins = jnp.clip(pairs.margins(normalised=True), -_FARTHEST, _FARTHEST)
+        return (margins - 0.5 / self.beta) ** 2
 
 
 class SPPOHard(ReferenceLoss):

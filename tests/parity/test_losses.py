@@ -19,6 +19,7 @@ import pytest
 
 from posttrain.losses import PAIR_LOSSES
 from posttrain.losses.apo import APOZeroUnpaired
+from posttrain.losses.bco import BCO, BCOPair
 from posttrain.losses.dpo import DPO
 from posttrain.losses.kto import KTO
 from posttrain.types import TWIN, Batch, TokenOutputs
@@ -206,16 +207,22 @@ def test_several_losses_at_once(said: Said) -> None:
     np.testing.assert_allclose(grad, slope, rtol=1e-4, atol=1e-6 * np.abs(slope).max())
 
 
-@pytest.mark.parametrize("name", NO_REFERENCE)
-def test_losses_without_a_reference(name: str, said: Said) -> None:
+@pytest.mark.parametrize(
+    ("name", "smoothing"),
+    [*((name, 0.0) for name in NO_REFERENCE), ("simpo", 0.2), ("cpo", 0.2), ("dpo", 0.2)],
+)
+def test_losses_without_a_reference(name: str, smoothing: float, said: Said) -> None:
     """TRL's functions of answers' log-probs; the NLL terms differ by what they average over (see
-    docs/losses.md) and are left out here."""
-    loss = PAIR_LOSSES[name].model_validate({"nll_weight": 0, "beta": 0.7})
+    docs/losses.md) and are left out here. And conservative DPO, which its DPO trainer has not:
+    its CPO, of log-ratios."""
+    more = {"label_smoothing": smoothing} if smoothing else {}
+    loss = PAIR_LOSSES[name].model_validate({"nll_weight": 0, "beta": 0.7, **more})
     value, grad = value_and_grad(loss, *ours(said))
     policy = torch.tensor(said.policy, requires_grad=True)
     mask = torch.tensor(said.completion)
-    sums = (policy * mask).sum(1)
-    sums = sums if name == "cpo" else sums / mask.sum(1)
+    ratios = policy - torch.tensor(said.reference) if name == "dpo" else policy
+    sums = (ratios * mask).sum(1)
+    sums = sums if name in ("cpo", "dpo") else sums / mask.sum(1)
     if name == "orpo":
         from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
@@ -225,13 +232,31 @@ def test_losses_without_a_reference(name: str, said: Said) -> None:
         from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
         kind = "simpo" if name == "simpo" else "sigmoid"
-        more = {"loss_type": kind, "label_smoothing": 0.0, "alpha": 0.0, "simpo_gamma": 1.0}
+        more = {"loss_type": kind, "label_smoothing": smoothing, "alpha": 0.0, "simpo_gamma": 1.0}
         made = trainer(None, None, beta=0.7, **more)  # pyright: ignore[reportArgumentType]
         losses = CPOTrainer.cpo_loss(made, sums[:PAIRS], sums[PAIRS:])[0]
     losses.mean().backward()
     slope = policy.grad.numpy() * said.completion  # the model's labels mask the rest
     assert value == pytest.approx(losses.mean().item(), rel=2e-6)
     np.testing.assert_allclose(grad, slope, rtol=1e-4, atol=1e-6 * np.abs(slope).max())
+
+
+def test_bco_of_labelled_answers(said: Said) -> None:
+    """TRL has it of pairs and without the shift: as many answers of each label as pairs, and
+    a reference that has the shift in it."""
+    loss = BCO(beta=0.3)
+    batch, outputs = ours(said)
+    good = np.arange(2 * PAIRS) < PAIRS
+    batch = dataclasses.replace(batch, labels=jnp.asarray(good[:, None], jnp.int8))
+    value, grad = value_and_grad(loss, batch, outputs)
+    ratios = ((said.policy - said.reference) * said.completion).sum(1)
+    shift = (ratios[:PAIRS].mean() + ratios[PAIRS:].mean()) / 2
+    lengths = said.completion.sum(1, keepdims=True)
+    moved = np.where(said.completion, said.reference + shift / lengths, 0).astype(np.float32)
+    shifted = dataclasses.replace(said, reference=moved)
+    want, slope, _ = by_dpo_trainer("bco_pair", BCOPair(beta=0.3), shifted)
+    assert value == pytest.approx(want / 2, rel=2e-6)
+    np.testing.assert_allclose(grad, slope / 2, rtol=1e-4, atol=1e-6 * np.abs(slope).max())
 
 
 @pytest.mark.parametrize(
