@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+Accepted = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _VERSIONED = (
     "posttrain",
     "jax",
@@ -140,19 +141,20 @@ def load(
     paths: Sequence[Any] = (),
     overrides: Sequence[str] = (),
     *,
-    accepts: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    accepts: Mapping[str, Accepted] = MappingProxyType({}),
 ) -> ConfigT:
     """Reads, merges left to right, and checks: every problem in one ConfigError.
 
     If the class has a field `job`, some file must name that job. A config of a job in `accepts`
     is taken too: the sections both classes have are read, its other ones are passed over, and the
-    keys that stand with the job in `accepts` are set.
+    keys that stand with the job in `accepts`, or that are made there of the files, are set.
     """
     layer, known = Layer(), config_cls.model_fields
     for path in paths:
         _merge(layer, read_file(path), config_cls)
     job = known["job"].default if "job" in known else None
     if job and (means := accepts.get(layer.tree.get("job", ""))) is not None:
+        means = means(layer.tree) if callable(means) else means
         layer.tree = {k: v for k, v in layer.tree.items() if k in known} | {"job": job, **means}
     if job and not paths:
         layer.tree["job"] = job

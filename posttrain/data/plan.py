@@ -29,6 +29,7 @@ from posttrain.config import Config, ConfigError, runtime, semantic
 from posttrain.data.config import SourceConfig
 from posttrain.data.order import ROWS, epoch_order, even_steps, mixture_repeats, permutation
 from posttrain.data.pack import Rows, pack
+from posttrain.types import DataKind
 
 
 class BatchConfig(Config):
@@ -57,6 +58,14 @@ class BatchConfig(Config):
         if (self.rows is None) == (self.examples is None):
             raise ValueError("set exactly one of rows and examples: the size of a step")
         return self
+
+
+_UNITS: dict[DataKind, str] = {
+    "samples": "examples",
+    "pairs": "pairs",
+    "labelled": "answers",
+    "twinned": "answers and twins",
+}
 
 
 @runtime_checkable
@@ -112,10 +121,12 @@ class Plan:
         steps: int | None = None,
         batch_shards: int = 1,
         sources: Mapping[str, SourceConfig] | None = None,
+        kind: DataKind | None = None,
     ):
         """`epochs` whole epochs, or `steps` steps over as many as that takes: one of the two.
 
-        `sources` gives weights and repeats by name; without it every unit is seen once an epoch.
+        `sources` gives weights and repeats by name, else every unit is seen once an epoch; `kind`:
+        what units are called.
         Raises ConfigError for batch.rows of pairs; ValueError where an example is longer than
         seq_len, a side of a pair has no trained token, or a step would train on nothing.
         """
@@ -127,6 +138,7 @@ class Plan:
             raise ValueError("the data set has no examples")
         self.index, self.batch, self.seq_len, self.seed = index, batch, seq_len, seed
         self.batch_shards, self.sides = batch_shards, index.sides
+        self._units = _UNITS[kind or ("pairs" if self.sides == 2 else "samples")]
         self._blocks = batch.accumulate if self.sides == 2 else 1  # of a step
         self._groups = batch.accumulate * batch_shards // self._blocks  # that share a block's rows
         self._unit_sources = index.source_ids[:: self.sides]
@@ -206,8 +218,7 @@ class Plan:
     def describe(self) -> str:
         """A few lines for the terminal: size of the run, packing, mixture."""
         packed = sum(len(rows) for rows, _ in map(self._epoch_part, range(len(self._epochs))))
-        units = "pairs" if self.sides == 2 else "examples"
-        taken = f"{self.batch.examples:,} {units} in " if self.batch.examples else ""
+        taken = f"{self.batch.examples:,} {self._units} in " if self.batch.examples else ""
         lines = [
             f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch) of {taken}{self.rows:,} "
             f"rows x {self.seq_len:,} tokens in {self.batch.accumulate} micro-batch(es)",
@@ -216,7 +227,7 @@ class Plan:
         ]
         sizes = np.bincount(self._unit_sources, minlength=len(self.repeats))
         for (name, times), size in zip(self.repeats.items(), sizes.tolist(), strict=True):
-            lines.append(f"{name}: {size:,} {units}, seen {times:.4g} times an epoch")
+            lines.append(f"{name}: {size:,} {self._units}, seen {times:.4g} times an epoch")
         return "\n".join(lines)
 
     def _mixture(self, sources: Mapping[str, SourceConfig] | None) -> np.ndarray:

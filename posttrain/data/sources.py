@@ -240,8 +240,10 @@ def _read_file(file: str) -> Iterator[Block]:
 
 
 def _lines(file: str, stream: Any, raw: Any) -> Iterator[Block]:
-    """Blocks that end with a line; blank lines at the end of the file belong to no block."""
+    """Blocks that end with a line; blank lines at the end of the file belong to no block. What the
+    last chunk leaves over, a line without an end perhaps, goes into the block before it."""
     rest, first = b"", 1
+    last: Block | None = None
     while chunk := stream.read(BLOCK_BYTES):
         if first == 1 and not rest:
             chunk = chunk.removeprefix(b"\xef\xbb\xbf")
@@ -250,11 +252,17 @@ def _lines(file: str, stream: Any, raw: Any) -> Iterator[Block]:
         cut = rest.find(b"\n", len(rest[: rest.rfind(b"\n") + 1].rstrip())) + 1
         if cut and (head := rest[:cut]).strip():
             count = head.count(b"\n")
-            yield Block(file, first, count, "lines", head, raw.tell())
+            if last is not None:
+                yield last
+            last = Block(file, first, count, "lines", head, raw.tell())
             rest, first = rest[cut:], first + count
     if rest.strip():
         rest = rest.rstrip(b"\r\n \t") + b"\n"
-        yield Block(file, first, rest.count(b"\n"), "lines", rest, raw.tell())
+        count, before = rest.count(b"\n"), b"" if last is None else last.payload
+        last = last or Block(file, first, 0, "lines", b"", 0)
+        last = replace(last, count=last.count + count, payload=before + rest, read=raw.tell())
+    if last is not None:
+        yield last
 
 
 def _whole(file: str, kind: str, data: bytes) -> Iterator[Block]:

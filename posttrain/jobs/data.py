@@ -1,21 +1,21 @@
 """Training data before it is trained on: tokenised, looked at, or checked line by line.
 
-A config of the sft, preference or reward_model job will do as it is (but for the first, the sources
-are read as pairs; kind=twinned reads what the preference loss kto takes, kind=labelled what the
-other losses on labelled answers do): the sections model, chat, data and batch are read. Nothing
-here needs a device, or weights: of the model, only tokenizer and template.
+A config of the sft, preference or reward_model job will do as it is: the sections model, chat, data
+and batch are read, and the loss of a preference config says what kind of data it takes (kind). No
+device is needed, and no weights: of the model, only tokenizer and template.
 
     posttrain data check configs/sft/qwen3_gsm8k.yaml data.sources.gsm8k.path=train.jsonl
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.chat.config import ChatConfig
 from posttrain.config import Config as Section
-from posttrain.config import runtime, semantic
+from posttrain.config import ConfigError, resolve, runtime, semantic
 from posttrain.data.config import DataConfig
 from posttrain.data.plan import BatchConfig
 from posttrain.models.spec import ModelConfig
@@ -26,7 +26,23 @@ ACTIONS = {
     "preview": "show rows as they are trained on, in colour, and as an HTML page",
     "check": "list every bad line with field, what was found and what to do; exit code 1 if any",
 }
-ACCEPTS = {"sft": {}, "preference": {"kind": "pairs"}, "reward_model": {"kind": "pairs"}}
+
+
+def _of_loss(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The kind of data that the loss of a preference config takes."""
+    from posttrain.losses.mixture import PREFERENCE_LOSSES  # jax loads here
+
+    loss = tree.get("loss")
+    name = loss.get("type") if isinstance(loss, Mapping) else None
+    if name is None:
+        return {"kind": "pairs"}
+    try:
+        return {"kind": resolve(PREFERENCE_LOSSES, str(name))().data}
+    except ValueError as error:
+        raise ConfigError(f"loss.type: {error}") from error
+
+
+ACCEPTS = {"sft": {}, "preference": _of_loss, "reward_model": {"kind": "pairs"}}
 _TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
 
@@ -101,7 +117,13 @@ def _preview(cfg: Config, chat: Any) -> int:
     cache = prepare(cfg.data, chat, kind=cfg.kind)
     data = cfg.data
     plan = Plan(
-        cache, cfg.batch, seq_len=data.seq_len, seed=cfg.seed, epochs=1, sources=data.sources
+        cache,
+        cfg.batch,
+        seq_len=data.seq_len,
+        seed=cfg.seed,
+        epochs=1,
+        sources=data.sources,
+        kind=cfg.kind,
     )
     shown = cfg.preview
     preview(cache, plan, chat.tokenizer, step=shown.step, count=shown.rows, page=shown.html)

@@ -44,6 +44,7 @@ class Parts:
             seed=self.cfg.seed,
             batch_shards=sharding.batch_shards(self.mesh),
             sources=data.sources,
+            kind=self.kind,
             **length,
         )
 

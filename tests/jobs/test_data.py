@@ -117,6 +117,34 @@ def test_neither_the_job_nor_its_workers_load_jax(write_config):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_a_config_of_a_loss_on_labelled_answers_has_them(
+    write_config, tmp_path, capsys, loss
+) -> None:
+    rows = [{"q": f"{i}+2?", "a": str(i), "ok": i > 0} for i in range(3)]
+    fields, batch = "user: q, assistant: a, label: ok", "examples: 2, order: sequential"
+    config = write_config(rows, "preference", f"loss: {{type: {loss}}}\n", fields, batch)
+    words = [config, f"preview.html={tmp_path / 'page.html'}"]
+    assert cli.main(["data", "check", *words]) == 0
+    assert cli.main(["data", "prepare", *words]) == 0
+    index = json.loads(Path(capsys.readouterr().out.splitlines()[-1], "index.json").read_text())
+    twins = loss == "kto"
+    assert (index["sides"], index["examples"]) == ((2, 6) if twins else (1, 3))
+    assert cli.main(["data", "preview", *words, "preview.rows=2"]) == 0
+    said = capsys.readouterr().out
+    for name in ("desirable", "undesirable", *["mismatched twin"] * twins):
+        assert f"{name}, sums" in said
+        assert f"{name}, sums" in (tmp_path / "page.html").read_text()
+    assert f"2 answers{' and twins' * twins} in" in said
+    config = write_config([*rows, {"q": "x", "a": "y", "ok": "no"}], "preference",
+                          f"loss: {{type: {loss}}}\n", fields, batch)  # fmt: skip
+    assert cli.main(["data", "check", config]) == 1
+    assert 'rows.jsonl:4: ok: wrong type: "no"' in capsys.readouterr().out
+    config = write_config(rows, "preference", "loss: {type: ktoo}\n", fields, batch)
+    assert cli.main(["data", "check", config]) == 2
+    assert "loss.type: unknown 'ktoo'; did you mean 'kto'" in capsys.readouterr().err
+
+
 def test_a_config_of_preference_has_pairs(write_config, tmp_path, capsys):
     """The same three actions, on the config that training takes; the others' rows are refused."""
     rows = [{"q": "2+2?", "good": "4", "bad": answer} for answer in ("5", "six", "22")]
