@@ -1,4 +1,4 @@
-"""A reference that follows the policy (TR-DPO: Gorbatovski et al. 2024, arXiv:2404.09656, eq. 4-5).
+"""A reference that follows the policy (TR-DPO: Gorbatovski et al. 2024, arXiv:2404.09656).
 
 After every update whose number is a multiple of `every`:
 
