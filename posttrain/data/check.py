@@ -39,4 +39,4 @@ def check(
     defects: list[Defect] = []
     for result in run(cfg, chat, files, report, title="check", shown=not quiet):
         defects += sorted(result.defects + result.too_long, key=lambda defect: defect.line)
-    return Checked(defects, report.total.rows)
+    return Checked(defects, report.total.given)

@@ -118,7 +118,7 @@ def _make(
             )
         report.seconds = time.monotonic() - began
         if defects:
-            raise BadRows(defects, report.total.rows)
+            raise BadRows(defects, report.total.given)
         for name, source in report.sources.items():
             if source.examples == 0:
                 raise ValueError(_nothing_left(f"{section}.{name}", source, files[name], kind))

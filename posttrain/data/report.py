@@ -40,6 +40,11 @@ class SourceReport:
     unpaired: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def given(self) -> int:
+        """Rows as the files have them."""
+        return self.rows - self.unpaired
+
     def cut(self, tokens: int, trained: int) -> None:
         """One example, or pair, was shortened by so many tokens."""
         self.truncated += 1

@@ -13,6 +13,7 @@ from posttrain.data.check import check
 from posttrain.data.config import DataConfig
 from posttrain.data.fit import by_label
 from posttrain.data.plan import BatchConfig, Plan
+from posttrain.data.prepare import BadRows
 from posttrain.data.preview import rows_in_use
 from posttrain.types import TWIN, DataKind
 from tests.data.fakes import FakeChat
@@ -72,8 +73,11 @@ def test_what_is_too_long_or_bad_is_counted_by_answers(tmp_path: Path) -> None:
     assert report.dropped == {"longer than seq_len": 1}
     path = write(tmp_path / "again.jsonl", rows)
     cfg = DataConfig.model_validate({"sources": {"one": {"path": path}}, "seq_len": 64})
-    (defect,) = check(cfg, FakeChat(), kind="twinned").defects  # pyright: ignore
-    assert (defect.line, defect.field) == (3, "chosen")
+    checked = check(cfg, FakeChat(), kind="twinned")  # pyright: ignore[reportArgumentType]
+    assert [(d.line, d.field) for d in checked.defects] == [(3, "chosen")]
+    assert checked.rows == 3
+    with pytest.raises(BadRows, match="1 of 3 rows are bad"):
+        make(tmp_path, rows)
 
 
 @pytest.mark.parametrize("rows", ["dpo_en_demo", "hh"])
