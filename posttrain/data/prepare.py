@@ -14,7 +14,7 @@ from posttrain.data.cache import INDEX, Cache, CacheWriter
 from posttrain.data.config import DataConfig, SourceConfig
 from posttrain.data.fingerprint import fingerprint
 from posttrain.data.formats import find_format
-from posttrain.data.progress import PrepareProgress
+from posttrain.data.progress import Progress
 from posttrain.data.report import Report, SourceReport
 from posttrain.data.rows import Defect
 from posttrain.data.sources import Block, find_files, read_blocks, size_of
@@ -27,10 +27,13 @@ _POLL = 0.5  # seconds between looks for another host's cache
 
 
 class BadRows(ValueError):
-    """Rows that break the rules: all of them, in the order of the data."""
+    """Rows that break the rules: all of them, in the order of the data.
 
-    def __init__(self, defects: Sequence[Defect], rows: int):
-        self.defects = tuple(defects)
+    hint: what can be done about them all; by default what the data section of a config can.
+    """
+
+    def __init__(self, defects: Sequence[Defect], rows: int, hint: str = ""):
+        self.defects, self.rows = tuple(defects), rows
         bad = len({(d.file, d.line) for d in defects})
         lines = [f"{bad:,} of {rows:,} rows are bad:", *map(str, defects[:_LISTED])]
         if len(defects) > _LISTED:
@@ -41,11 +44,14 @@ class BadRows(ValueError):
             lines.append(f"... and {len(defects) - _LISTED:,} more ({shown})")
         if rendered := next((d.rendered for d in defects if d.rendered), ""):
             lines.append(f"what the template made of the first row that it refuses:\n{rendered}")
-        hint = "`posttrain data check` lists them all"
-        if any(TOO_LONG not in d.found for d in defects):  # skip does not apply to long rows
-            hint += "; data.on_bad_row: skip leaves them out, counted"
-        lines.append(hint)
+        lines.append(hint or self._usual_hint())
         super().__init__("\n".join(lines))
+
+    def _usual_hint(self) -> str:
+        hint = "`posttrain data check` lists them all"
+        if any(TOO_LONG not in d.found for d in self.defects):  # skip does not apply to long rows
+            hint += "; data.on_bad_row: skip leaves them out, counted"
+        return hint
 
 
 def prepare(
@@ -60,7 +66,7 @@ def prepare(
     """The cache of cfg's sources: opened where it exists, else made; the report is shown.
 
     The sources hold data of one kind. `section` is what errors call the part of the config that
-    they stand in.
+    they stand in. quiet: the report is not shown; how far it is, is.
     Where several hosts share cache_dir, one is primary and makes it; the others wait for it, up to
     cfg.wait_minutes. Raises ConfigError for what cannot be split, BadRows with all bad rows (unless
     on_bad_row is skip), ValueError for sources that cannot be read, for data of which nothing is
@@ -101,7 +107,7 @@ def _make(
     defects: list[Defect] = []
     began = time.monotonic()
     with CacheWriter(folder, names, sides=EXAMPLES_OF[kind]) as writer:
-        results = run(cfg, chat, files, report, title="prepare", shown=not quiet, section=section)
+        results = run(cfg, chat, files, report, title="prepare", shown=True, section=section)
         for result in results:
             defects += result.too_long
             if cfg.on_bad_row == "error":
@@ -148,7 +154,7 @@ def run(
     names = list(cfg.sources)
     position = _Position()
     examples = tokens = 0
-    with PrepareProgress(title, sum(sizes), shown=shown) as progress:
+    with Progress(title, sum(sizes), shown=shown) as progress:
         for result in run_tasks(job, _tasks(cfg, files, report.kind, section), workers):
             report.sources[names[result.source_id]].add(result.report)
             report.count_lengths(result.whole_lengths)

@@ -1,4 +1,4 @@
-"""How far prepare is: a bar on a terminal, a plain line now and then elsewhere."""
+"""How far a long pass over data is: a bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
-class PrepareProgress:
-    """Bytes read of all, examples, tokens a second, time left; on stderr. Use as a context."""
+class Progress:
+    """Part of a total (bytes read, or tokens), examples, tokens a second, time left; on stderr. Use
+    as a context."""
 
-    def __init__(self, title: str, total_bytes: int, *, shown: bool):
-        self._title, self._total, self._shown = title, max(total_bytes, 1), shown
+    def __init__(self, title: str, total: int, *, shown: bool = True):
+        self._title, self._total, self._shown = title, max(total, 1), shown
         self._began = self._said = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> PrepareProgress:
+    def __enter__(self) -> Progress:
         if self._shown and sys.stderr.isatty():
             from rich import progress
             from rich.console import Console
@@ -40,11 +41,11 @@ class PrepareProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, read: int, examples: int, tokens: int) -> None:
-        """Totals so far. `read` may pass the total (a file that grew): it is capped."""
+    def update(self, done: int, examples: int, tokens: int) -> None:
+        """So far. `done` may pass the total (a file that grew): it is capped."""
         now = time.monotonic()
         elapsed = max(now - self._began, 1e-9)
-        part = min(read / self._total, 1.0)
+        part = min(done / self._total, 1.0)
         note = f"{examples:,} examples, {tokens / elapsed:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=part * self._total, note=note)

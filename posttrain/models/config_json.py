@@ -23,7 +23,7 @@ _HARMLESS = frozenset(
         eos_token_id pad_token_id max_position_embeddings initializer_range pretraining_tp
         _name_or_path _commit_hash _attn_implementation auto_map cache_implementation
         _attn_implementation_autoset return_dict output_attentions output_hidden_states
-        torchscript id2label label2id problem_type finetuning_task task_specific_params
+        torchscript id2label label2id num_labels problem_type finetuning_task task_specific_params
         tokenizer_class prefix chunk_size_feed_forward unsloth_version unsloth_fixed do_sample
         temperature top_p top_k max_length min_length num_beams repetition_penalty length_penalty
         """,

@@ -201,15 +201,16 @@ def _with_score_head(spec: Spec, path: str, new_head: bool) -> Spec:
             f"model path {path}: a reward model, which has a score head and no vocabulary head: "
             "name the language model that it was made of"
         )
-    if not new_head:
-        raise ConfigError(
-            f"model path {path}: a language model, which has no score head: `posttrain "
-            "reward_model` makes a reward model of it"
-        )
     if classifier_of(spec.family) is None:
         raise ConfigError(
             f"model path {path}: transformers has no sequence classifier of {spec.family} models, "
             "as which a reward model is saved"
+        )
+    if not new_head:
+        raise ConfigError(
+            f"model path {path}: a language model, which has no score head: `posttrain "
+            "reward_model` makes a reward model of it. If its files do hold score.weight, "
+            f'config.json must say so: "architectures": ["{classifier_of(spec.family)}"]'
         )
     return dataclasses.replace(spec, head="score")
 
@@ -286,8 +287,11 @@ def _write_configs(
         raw["architectures"] = [ARCHITECTURES[spec.family]]
     if spec.head == "score":
         raw["architectures"] = [classifier_of(spec.family)]
-        labels = raw.get("id2label") or {"0": "LABEL_0"}
+        labels = raw.get("id2label") or {}
+        if len(labels) != 1:  # none, or those that old versions wrote into every config.json
+            labels = {"0": "LABEL_0"}
         raw |= {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
+        raw.pop("num_labels", None)
     if pad_id is not None:
         raw["pad_token_id"] = pad_id
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

@@ -12,18 +12,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, Int
 
 from posttrain import metrics as reporting
 from posttrain import sharding
-from posttrain.data.plan import Plan
+from posttrain.data.cache import Cache
+from posttrain.data.plan import BatchConfig, Plan
 from posttrain.metrics import Metrics
+from posttrain.train.model import Model
 from posttrain.train.offline import OfflineSource
 from posttrain.train.step import Forward
 from posttrain.types import Batch, Extremes, Mean
 
 BINS = 10
 """Of the confidences from 0.5 to 1, for the calibration error."""
+ROUND = 128
+"""Rows of examples to be scored are this many tokens long, or a multiple: few shapes."""
 
 
 def score_step_fn(forward: Forward) -> Callable[..., tuple[Metrics, jax.Array]]:
@@ -49,11 +54,16 @@ def _over_micro_batches(value: Mean | Extremes) -> Mean | Extremes:
 
 
 def gather_scores(
-    examples: Any, plan: Plan, mesh: jax.sharding.Mesh, run: Callable[[Batch], jax.Array]
+    examples: Any,
+    plan: Plan,
+    mesh: jax.sharding.Mesh,
+    run: Callable[[Batch], jax.Array],
+    done: Callable[[int], None] = lambda step: None,
 ) -> Float[np.ndarray, " N"]:
     """float32: the score of each example of the plan's one epoch, NaN of those not in it.
 
     run: a batch's scores [A, B, S]. The host asks for a batch's scores once the next is on its way.
+    done: told each step whose scores are here.
     """
     found = np.full(len(plan.index.lengths), np.nan, np.float32)
     source = OfflineSource(examples, plan, mesh)
@@ -64,6 +74,7 @@ def gather_scores(
         layout = plan.layout(step)
         there = layout >= 0
         found[layout[there]] = jax.device_get(scores)[there]
+        done(step)
 
     try:
         for step in range(plan.steps):
@@ -74,6 +85,47 @@ def gather_scores(
     finally:
         source.close()
     return found
+
+
+@dataclass(frozen=True)
+class _EachAlone:
+    """A cache's examples, of pairs too, as a plan takes what need not lie in one batch."""
+
+    lengths: np.ndarray
+    trained: np.ndarray
+    source_ids: np.ndarray
+    source_names: list[str]
+    sides: int = 1
+
+
+def score_examples(
+    cache: Cache,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    *,
+    rows: int,
+    done: Callable[[Int[np.ndarray, " n"]], None],
+) -> Float[np.ndarray, " N"]:
+    """float32: the score of every example by a reward model, packed, `rows` rows of a device at a
+    time. done: told the ids of each batch's examples once their scores are here."""
+    longest = -(-int(cache.lengths.max()) // ROUND) * ROUND
+    shards = sharding.batch_shards(mesh)
+    index = _EachAlone(cache.lengths, cache.trained, cache.source_ids, cache.source_names)
+    size = BatchConfig(rows=rows * shards, order="sequential")
+    plan = Plan(index, size, seq_len=longest, seed=0, epochs=1, batch_shards=shards)
+
+    def score(params: Any, batch: Batch) -> jax.Array:
+        network = nnx.merge(model.graphdef, params)
+        micro = jax.tree.map(lambda x: x[0], batch)
+        hidden = network.hidden(micro.tokens, micro.positions, micro.segment_ids)
+        return network.scores(hidden, micro.segment_ids, micro.example_ids.shape[-1])[None]
+
+    run = jax.jit(score, out_shardings=sharding.replicated(mesh))
+
+    def tell(step: int) -> None:
+        done(plan.examples(step))
+
+    return gather_scores(cache, plan, mesh, lambda batch: run(model.params, batch), tell)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from posttrain import config
 from posttrain.jobs import score
 from posttrain.losses.bradley_terry import BradleyTerry
 from posttrain.metrics import flatten
-from posttrain.models import hf
+from posttrain.models import classifier_of, hf
 from posttrain.models.spec import ModelConfig
 from posttrain.types import Batch, TokenOutputs
 from tests.jobs.runs import Runner
-from tests.models.tiny import mesh_of, write_config
+from tests.models.tiny import CONFIGS, mesh_of, write_config
 
 pytestmark = pytest.mark.parity
 PAD = 3
@@ -44,61 +44,83 @@ def texts(count: int = 12) -> list[np.ndarray]:
     return made
 
 
-def ours(model: hf.Model, rows: list[list[np.ndarray]], width: int, left: bool) -> np.ndarray:
-    """[rows, S] of rows of one or several texts, with the padding on one side."""
-    tokens, positions, segments = np.full((3, len(rows), width), PAD, np.int32)
+def lay_out(left: bool, packed: bool = False) -> tuple[np.ndarray, ...]:
+    """tokens, positions, segment ids [12, 40], padded on one side: a text a row, or as many as go
+    into one, in their order; and which row and segment each text is, [12, 2]."""
+    tokens, positions, segments = np.full((3, 12, 40), PAD, np.int32)
     positions[:], segments[:] = 0, 0
+    rows: list[list[int]] = []
+    for i, text in enumerate(texts()):
+        room = 40 - sum(len(texts()[k]) for k in rows[-1]) if rows else 0
+        if packed and len(text) <= room:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+    where = np.zeros((12, 2), int)
     for b, row in enumerate(rows):
-        start = width - sum(map(len, row)) if left else 0
-        for s, text in enumerate(row, 1):
+        start = 40 - sum(len(texts()[i]) for i in row) if left else 0
+        for s, i in enumerate(row):
+            text = texts()[i]
             place = slice(start, start + len(text))
             tokens[b, place], positions[b, place] = text, np.arange(len(text))
-            segments[b, place] = s
+            segments[b, place], where[i] = s + 1, (b, s)
             start += len(text)
-    most = max(map(len, rows))
-
-    def run(state: Any) -> jax.Array:
-        network = nnx.merge(model.graph, state)
-        hidden = network.hidden(tokens, positions, segments)
-        return network.scores(hidden, jnp.asarray(segments), most)
-
-    return np.asarray(jax.jit(run)(model.state))
+    return tokens, positions, segments, where
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if classifier_of(name)])
 def test_scores_are_transformers_with_padding_on_either_side_and_packed(
     tmp_path: Path, name: str
 ) -> None:
+    """Of every family that has a classifier there; what transformers saves is read back here."""
     import torch
     import transformers
 
     write_config(tmp_path, name, pad_token_id=PAD)
-    options = {"dtype": "float32", "remat": "none", "vocab_multiple": 64, "random_init": True}
-    cfg = ModelConfig(path=str(tmp_path), **options)
+    options = {"dtype": "float32", "remat": "none", "vocab_multiple": 64}
+    cfg = ModelConfig(path=str(tmp_path), random_init=True, **options)
     mesh = mesh_of(1, 1, 1)
+    layouts = {"left": lay_out(True), "right": lay_out(False), "packed": lay_out(True, packed=True)}
+    assert layouts["packed"][3][:, 1].max() > 0, "there are rows of several texts"
     with jax.set_mesh(mesh):
         model = hf.open_model(cfg, mesh, head="score", new_head=True)
         hf.save(tmp_path / "export", model.spec, model.state, pad_id=PAD)
-        rows = [[text] for text in texts()]
-        found = {side: ours(model, rows, 40, side == "left")[:, 0] for side in ("left", "right")}
-        packed = ours(model, [texts()[:4], texts()[4:8], texts()[8:]], 160, left=True).reshape(-1)
+
+        @jax.jit
+        def run(state: Any, *rows: Any) -> jax.Array:
+            network = nnx.merge(model.graph, state)
+            return network.scores(network.hidden(*rows), rows[2], 12)
+
+        found = {}
+        for side, (*rows, where) in layouts.items():
+            found[side] = np.asarray(run(model.state, *rows))[where[:, 0], where[:, 1]]
     theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "export", dtype=torch.float32, output_loading_info=True
     )
     assert not any(info.values()), info
+    assert type(theirs).__name__ == classifier_of(name)
     assert theirs.config.num_labels == 1
     for side in ("left", "right"):
-        ids, mask = np.full((2, len(rows), 40), PAD)
-        mask[:] = 0
-        for b, (text,) in enumerate(rows):
-            place = slice(40 - len(text), 40) if side == "left" else slice(0, len(text))
-            ids[b, place], mask[b, place] = text, 1
-        given = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        given["position_ids"] = torch.from_numpy(np.maximum(mask.cumsum(1) - 1, 0))
-        want = theirs.eval()(**given).logits[:, 0].detach().numpy()
+        ids, _, segments, _ = layouts[side]
+        mask = torch.from_numpy((segments > 0).astype(int))
+        given = {"input_ids": torch.from_numpy(ids), "attention_mask": mask}
+        given["position_ids"] = (mask.cumsum(1) - 1).clip(0)
+        with torch.no_grad():
+            want = theirs.eval()(**given).logits[:, 0].numpy()
         assert want.std() > 0.1
-        np.testing.assert_allclose(found[side], want, atol=2e-5)
-        np.testing.assert_allclose(packed, want, atol=2e-5)
+        for own in (side, "packed"):
+            print(f"{name} {own}: max abs difference {np.abs(found[own] - want).max():.1e}")
+            np.testing.assert_allclose(found[own], want, atol=2e-5, err_msg=own)
+
+    theirs.save_pretrained(tmp_path / "back")
+    cfg = ModelConfig(path=str(tmp_path / "back"), **options)
+    with jax.set_mesh(mesh):
+        back = hf.open_model(cfg, mesh, head="score")
+    assert not back.new_head
+    kept = dict(hf.flat_params(model.state))
+    for path, array in hf.flat_params(back.state):
+        rows = 160 if path == "embedding" else None  # the others are padding
+        np.testing.assert_array_equal(array[:rows], kept[path][:rows], err_msg=path)
 
 
 @pytest.mark.parametrize("centering", [0.0, 0.01])
@@ -106,7 +128,7 @@ def test_scores_are_transformers_with_padding_on_either_side_and_packed(
 def test_loss_metrics_and_gradient_are_trls(centering: float, margins: bool) -> None:
     """RewardTrainer.compute_loss, called with a model that gives these rewards."""
     import torch
-    from trl import RewardTrainer
+    from trl.trainer.reward_trainer import RewardTrainer
 
     rng = np.random.default_rng(0)
     rewards = rng.normal(0, 2, (2, 6)).astype(np.float32)  # chosen, rejected
