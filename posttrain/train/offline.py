@@ -75,11 +75,9 @@ class OfflineSource:
 def step_size(plan: Plan, step: int) -> StepSize:
     """What step `step` of the plan holds; of pairs, both sides count, and a pair is an example."""
     ids = plan.examples(step)
-    lengths = plan.index.lengths[ids].astype(np.int64)
     return StepSize(
         examples=len(ids) // plan.sides,
-        tokens=int(lengths.sum()),
         trained=int(plan.index.trained[ids].sum()),
         positions=plan.rows * plan.seq_len,
-        keys_seen=int((lengths * (lengths + 1) // 2).sum()),
+        segments=plan.index.lengths[ids].astype(np.int64),
     )

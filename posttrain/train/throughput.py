@@ -4,14 +4,17 @@ CONVENTION: 6 FLOPs (2 forward, 4 backward) per weight of each matmul per token 
 layers' matrices once per non-padding token (of a mixture the router and the experts that a token is
 sent to), the vocabulary head once per TRAINED token (it runs on no other; a reward model has none).
 Attention is causal and within its segment: a segment of n tokens has n (n + 1) / 2 query-key pairs,
-each 2 matmuls of 2 * heads * head_dim FLOPs forward, three times that in training. A live reference
-adds a forward pass of all of it. Padding, rematerialisation and the optimiser count nothing, nor do
-passes for what a loss must know of a step's other micro-batches.
+less those before the window in layers that have one, each 2 matmuls of 2 * heads * head_dim FLOPs
+forward, three times that in training. A live reference adds a forward pass of all of it. Padding,
+rematerialisation and the optimiser count nothing, nor do passes for what a loss must know of a
+step's other micro-batches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from posttrain.models.spec import Spec
 
@@ -33,15 +36,25 @@ PEAK_TFLOPS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepSize:
     """What one optimiser step holds, counted on the host from the plan."""
 
     examples: int
-    tokens: int  # not padding
     trained: int
     positions: int  # rows * row length, padding included
-    keys_seen: int  # by queries, causally: sum over segments of n (n + 1) / 2
+    segments: np.ndarray  # int64: the tokens of each
+
+    @property
+    def tokens(self) -> int:
+        """Not padding."""
+        return int(self.segments.sum())
+
+    def keys_seen(self, window: int | None) -> int:
+        """By all queries: their own and those before it, back to the window's start."""
+        n = self.segments
+        beyond = np.maximum(n - (n if window is None else window), 0)
+        return int((n * (n + 1) - beyond * (beyond + 1)).sum()) // 2
 
 
 def train_flops(spec: Spec, size: StepSize, *, live_reference: bool = False) -> float:
@@ -52,6 +65,7 @@ def train_flops(spec: Spec, size: StepSize, *, live_reference: bool = False) -> 
     mlps = sum(mixed + kind.experts if kind.experts else 3 * spec.mlp for kind in spec.kinds)
     matmuls = 6 * spec.embed * (attended + mlps) * size.tokens
     head = 6 * spec.embed * spec.vocab_size * size.trained if spec.head == "lm" else 0
-    attention = 12 * spec.layers * width * size.keys_seen
+    seen = {window: size.keys_seen(window) for window in {kind.window for kind in spec.kinds}}
+    attention = 12 * width * sum(seen[kind.window] for kind in spec.kinds)
     forward_and_backward = float(matmuls + head + attention)
     return forward_and_backward * (4 / 3 if live_reference else 1)
