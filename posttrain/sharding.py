@@ -33,6 +33,7 @@ LOGICAL_RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "experts": ("expert",),
     "head_dim": (),
+    "lora": (),  # ranks of adapters, new tokens
     "norm": (),
 }
 

@@ -1,8 +1,8 @@
 """A model folder, or a run's checkpoint, -> a Hugging Face folder that transformers opens.
 
 Changes the dtype, adds special tokens, pads the vocabulary, splits files by size; of a run it
-exports any checkpoint that is still there. One tensor is in memory at a time on the host. It does
-not quantise, merge adapters, or read pickles.
+exports any checkpoint that is still there, adapters merged. A PEFT adapter is merged into its base.
+One tensor is in memory at a time on the host. It does not quantise or read pickles.
 
     posttrain convert source=MODEL out=MODEL-bf16 dtype=bfloat16
     posttrain convert source=runs/first@500 out=exported
@@ -19,6 +19,7 @@ from typing import Any, Literal
 from posttrain.chat.config import ChatConfig
 from posttrain.config import Config as Section
 from posttrain.config import ConfigError, runtime, semantic
+from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import DtypeName, HeadName, ModelConfig, Token
 from posttrain.sharding import MeshConfig
 
@@ -30,6 +31,7 @@ class Config(Section):
     source: str = semantic(help="model folder, hub id, or run folder (RUN or RUN@STEP)")
     out: Path = semantic(help="the folder that is written")
     dtype: DtypeName | None = semantic(None, help="of the weights written; none = the source's")
+    adapter: str | None = semantic(None, help="folder of a PEFT adapter to merge into source")
     new_tokens: tuple[Token, ...] = semantic(
         (), help="special tokens to add (not to a run's model)"
     )
@@ -46,6 +48,7 @@ class _Trained(Section):
     job: Literal["trained"] = semantic("trained", help="names the job")
     model: ModelConfig = semantic(help="what was trained")
     chat: ChatConfig = semantic(ChatConfig(), help="how it is talked to")
+    lora: LoraConfig | None = semantic(None, help="the adapters that were trained beside it")
     head: HeadName = semantic("lm", help="what it ends in")
 
 
@@ -65,6 +68,7 @@ class _Source:
     template: str | None
     stop_ids: tuple[int, ...]
     pad_id: int | None = None
+    leaf: Any = None  # what merges an adapter into a parameter when it is written
 
 
 def run(cfg: Config) -> int:
@@ -92,6 +96,7 @@ def run(cfg: Config) -> int:
             stop_ids=source.stop_ids,
             pad_id=source.pad_id,
             shard_bytes=int(cfg.max_file_gb * 10**9),
+            leaf=source.leaf,
         )
         _write_rest(cfg, source)
     print(
@@ -103,7 +108,7 @@ def run(cfg: Config) -> int:
 
 def _of_folder(cfg: Config, mesh: Any) -> _Source:
     from posttrain.chat.tokenizer import Tokenizer
-    from posttrain.models import hf
+    from posttrain.models import hf, peft
     from posttrain.models.config_json import read_json
     from posttrain.models.folder import local_folder
 
@@ -123,23 +128,46 @@ def _of_folder(cfg: Config, mesh: Any) -> _Source:
     rows = max(size, int(raw.get("vocab_size") or 0))
     rows = -(-rows // cfg.vocab_multiple) * cfg.vocab_multiple
     options: dict[str, Any] = {"param_dtype": dtype, "dtype": dtype, "vocab_multiple": 1}
+    adapter = local_folder(cfg.adapter) if cfg.adapter else None
+    scores = adapter is not None and peft.is_scorer(adapter)
     model = hf.open_model(
         ModelConfig(path=str(folder), **options),
         mesh,
         tokenizer_size=rows,
         new_ids=range(used, size),
-        head=None,
+        head="score" if scores else None,
+        new_head=True,
     )
     stops = tokenizer.stop_ids if tokenizer and model.spec.head == "lm" else ()
+    if scores and tokenizer:
+        tokenizer = tokenizer.padding_apart(tokenizer.stop_ids)
+    params, leaf = model.state, None
+    if adapter is not None:
+        params, leaf = _with_adapter(adapter, model, mesh, range(used, size))
     return _Source(
         folder,
         model.spec,
-        model.state,
+        params,
         options["dtype"],
         tokenizer,
         _template_of(folder, tokenizer),
         tuple(stops),
+        tokenizer.pad_id if scores and tokenizer else None,
+        leaf,
     )
+
+
+def _with_adapter(folder: Path, model: Any, mesh: Any, new_ids: range) -> tuple[Any, Any]:
+    """The parameters of an opened model, and what merges an adapter into each of them."""
+    from flax import nnx
+
+    from posttrain.models import adapters, peft
+
+    paths = [path for path, *_ in adapters.linears(nnx.merge(model.graph, model.state))]
+    lora = peft.read_config(folder, paths, model.spec)
+    _, state = adapters.attach(model.graph, model.state, lora, mesh, new_ids=new_ids)
+    params, _ = peft.load(folder, model.spec, nnx.to_pure_dict(state), new_ids)
+    return adapters.merging(params, lora.adapter, new_ids, params["embedding"].dtype)
 
 
 def _template_of(folder: Path, tokenizer: Any) -> str | None:
@@ -154,19 +182,22 @@ def _template_of(folder: Path, tokenizer: Any) -> str | None:
 
 
 def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
+    import jax.numpy as jnp
     from flax import nnx
 
     from posttrain import config
     from posttrain.chat.template import ChatTemplate
     from posttrain.chat.tokenizer import Tokenizer
-    from posttrain.models import hf, read_spec
+    from posttrain.models import adapters, read_spec
     from posttrain.models.folder import local_folder
     from posttrain.models.transformer import abstract_model, compute_of
+    from posttrain.train.model import open_model
     from posttrain.train.starting import restored
 
-    if cfg.new_tokens or cfg.vocab_multiple > 1:
+    if cfg.new_tokens or cfg.vocab_multiple > 1 or cfg.adapter:
         raise ConfigError(
-            f"{run_dir} is a run: export it first, then add tokens to or pad the exported folder"
+            f"{run_dir} is a run: export it first, then add tokens or an adapter to the exported "
+            "folder, or pad it"
         )
     trained = config.load(_Trained, [run_dir / "resolved.yaml"], accepts=TRAINS)
     folder = local_folder(trained.model.path)
@@ -177,17 +208,21 @@ def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
     chat = ChatTemplate.load(folder, tokenizer, trained.chat)
     spec = dataclasses.replace(read_spec(folder), head=trained.head)
     spec = spec.with_vocab(max(spec.vocab_size, tokenizer.size), trained.model.vocab_multiple)
-    _, abstract = abstract_model(spec, compute_of(trained.model), mesh)
+    ids, leaf = range(old, tokenizer.size), None
+    graph, layout = abstract_model(spec, compute_of(trained.model), mesh)
+    # the values of the adapters are the run's, wherever they began
+    lora = trained.lora and trained.lora.model_copy(update={"path": None})
+    if lora:
+        _, layout = adapters.adapt(graph, layout, lora, mesh, new_ids=ids)
 
     def base() -> Any:  # where the run left a part of the parameters as it found them
-        ids = range(old, tokenizer.size)
-        model = hf.open_model(
-            trained.model, mesh, tokenizer_size=tokenizer.size, new_ids=ids, head=trained.head,
-            new_head=True,
-        )  # fmt: skip
-        return nnx.to_pure_dict(model.state)
+        model = open_model(trained, mesh, head=trained.head, new_head=True, lora=lora)
+        return model.params
 
-    params = restored(cfg.source, nnx.to_pure_dict(abstract), base)
+    params = restored(cfg.source, nnx.to_pure_dict(layout), base)
+    if lora:
+        dtype = jnp.dtype(trained.model.param_dtype)
+        params, leaf = adapters.merging(params, lora.adapter, ids, dtype)
     stops, pad_id = tuple(chat.stop_ids), None
     if trained.head == "score":
         tokenizer = tokenizer.padding_apart(stops)
@@ -201,6 +236,7 @@ def _of_run(cfg: Config, run_dir: Path, mesh: Any) -> _Source:
         chat.source,
         stops,
         pad_id,
+        leaf,
     )
 
 

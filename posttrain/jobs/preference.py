@@ -5,8 +5,9 @@ Prepares them (once: there is a cache), computes what the reference says of them
 parameters that training starts from, frozen; not where the loss needs none), plans every batch,
 trains, evaluates on held-out data of the same kind, keeps checkpoints, and at the end writes
 <run_dir>/export, a Hugging Face folder.
-Start it again and it goes on where it was, the reference's pass included. It leaves out rewards
-that answers are sampled for, and adapters: those are other jobs.
+Start it again and it goes on where it was, the reference's pass included. With a section `lora` it
+trains adapters and leaves them in <run_dir>/adapter too. It leaves out rewards that answers are
+sampled for: that is another job.
     posttrain preference configs/preference/qwen_hh_rlhf.yaml model.path=MODEL run_dir=runs/first
 """
 
@@ -27,6 +28,7 @@ from posttrain.losses.base import PreferenceLoss
 from posttrain.losses.dpo import DPO
 from posttrain.losses.mixture import PREFERENCE_LOSSES
 from posttrain.metrics import LogConfig
+from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.optim import OptimConfig
 from posttrain.sharding import DistributedConfig, MeshConfig
@@ -42,6 +44,7 @@ class Config(Section):
     )
     seed: int = semantic(0, ge=0, help="of the order of the data")
     model: ModelConfig = semantic(help="what is trained; as it is before, it is the reference")
+    lora: LoraConfig | None = semantic(None, help="adapters, trained instead of the model")
     chat: ChatConfig = semantic(ChatConfig(), help="how conversations become tokens")
     data: DataConfig = semantic(help="the pairs, or labelled answers, it is trained on")
     batch: BatchConfig = semantic(help="what one optimiser step holds; a pair is an example")

@@ -4,8 +4,9 @@ The vocabulary head gives way to a scalar one, which reads each conversation at 
 Prepares the pairs (once: there is a cache), plans every batch, trains, measures held-out pairs
 (accuracy, margin, calibration, how far scores follow length), keeps checkpoints, and at the end
 writes <run_dir>/export, a folder for transformers' AutoModelForSequenceClassification and for
-`posttrain score`. Start it again and it goes on where it was. It leaves out rewards of single
-steps, several labels, and rewards by regression on scores.
+`posttrain score`. Start it again and it goes on where it was. With a section `lora` it trains
+adapters beside the score head and leaves both in <run_dir>/adapter too. It leaves out rewards of
+single steps, several labels, and rewards by regression on scores.
 
     posttrain reward_model configs/reward_model/qwen_ultrafeedback.yaml model.path=MODEL
 """
@@ -24,6 +25,7 @@ from posttrain.data.plan import BatchConfig
 from posttrain.losses import REWARD_LOSSES
 from posttrain.losses.bradley_terry import BradleyTerry
 from posttrain.metrics import LogConfig
+from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.optim import OptimConfig
 from posttrain.sharding import DistributedConfig, MeshConfig
@@ -41,6 +43,7 @@ class Config(Section):
     model: ModelConfig = semantic(
         help="what is trained; a score head that it lacks begins random, by init_seed"
     )
+    lora: LoraConfig | None = semantic(None, help="adapters, trained instead of the model")
     chat: ChatConfig = semantic(ChatConfig(), help="how conversations become tokens")
     data: DataConfig = semantic(help="the pairs it is trained on")
     batch: BatchConfig = semantic(help="what one optimiser step holds; examples are pairs")

@@ -2,7 +2,8 @@
 
 Prepares the data (once: there is a cache), plans every batch, trains, evaluates on held-out sets,
 keeps checkpoints, and at the end writes <run_dir>/export, a Hugging Face folder. Start it again
-and it goes on where it was. It leaves out preferences, rewards and adapters: those are other jobs.
+and it goes on where it was. With a section `lora` it trains adapters and leaves them in
+<run_dir>/adapter too. It leaves out preferences and rewards: those are other jobs.
     posttrain sft configs/sft/llama_messages.yaml model.path=MODEL run_dir=runs/first
 """
 
@@ -20,6 +21,7 @@ from posttrain.data.plan import BatchConfig
 from posttrain.losses import LOSSES
 from posttrain.losses.nll import NLL
 from posttrain.metrics import LogConfig
+from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.optim import OptimConfig
 from posttrain.sharding import DistributedConfig, MeshConfig
@@ -35,6 +37,7 @@ class Config(Section):
     )
     seed: int = semantic(0, ge=0, help="of the order of examples")
     model: ModelConfig = semantic(help="what is trained")
+    lora: LoraConfig | None = semantic(None, help="adapters, trained instead of the model")
     chat: ChatConfig = semantic(ChatConfig(), help="how conversations become tokens")
     data: DataConfig = semantic(help="what it is trained on")
     batch: BatchConfig = semantic(help="what one optimiser step holds")

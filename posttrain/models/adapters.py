@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,30 +24,43 @@ from posttrain.config import ConfigError
 from posttrain.models.keys import key_of
 from posttrain.models.lora import Adapter, LoraConfig, is_adapter
 from posttrain.models.nested import flat, matches, nested
-from posttrain.models.quantized import dense, quantize
+from posttrain.models.quantized import dense, is_quantized, quantize
+from posttrain.models.spec import Spec
 from posttrain.sharding import named_sharding
 
 _A, _B = "_lora_a", "_lora_b"
-LINEAR = ("attention", "mlp")
+LINEAR = ("/attention", "/mlp")
 """The modules whose matrices go through layers.linear."""
 
 
+def is_linear(path: str) -> bool:
+    """Whether the parameter at a path is a matrix that can have an adapter, and be quantised."""
+    at, _, name = path.rpartition("/")
+    return at.endswith(LINEAR) and not is_adapter(name) and key_of(path).in_dims > 0
+
+
 def linears(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, str, nnx.Param]]:
-    """(path, module, name, weight) of every matrix that can have an adapter."""
+    """(path, module, name, weight) of every such matrix."""
     for at, module in nnx.iter_modules(model):
-        if not at or at[-1] not in LINEAR:
-            continue
         for name, value in vars(module).items():
             path = "/".join(map(str, (*at, name)))
-            if isinstance(value, nnx.Param) and not is_adapter(path) and key_of(path).in_dims:
+            if isinstance(value, nnx.Param) and is_linear(path):
                 yield path, module, name, value
 
 
-def _chosen(found: list[str], cfg: LoraConfig, everything: list[str]) -> set[str]:
-    """The paths that lora.targets names. ConfigError for patterns that name no such matrix."""
+def _chosen(found: list[str], cfg: LoraConfig, everything: list[str], spec: Spec) -> set[str]:
+    """The paths that lora.targets names, by our names or transformers' (q_proj).
+
+    ConfigError for patterns that name no such matrix.
+    """
+
+    def named(path: str, pattern: str) -> bool:
+        theirs = key_of(path, spec).name.replace(".", "/").removesuffix("/weight")
+        return matches(path, pattern) or matches(theirs, pattern.replace(".", "/"))
+
     wrong = []
     for pattern in cfg.targets:
-        if any(matches(path, pattern) for path in found):
+        if any(named(path, pattern) for path in found):
             continue
         other = [path for path in everything if matches(path, pattern)]
         why = f"{', '.join(other)} can have none" if other else "no such matrix"
@@ -55,7 +68,7 @@ def _chosen(found: list[str], cfg: LoraConfig, everything: list[str]) -> set[str
     if wrong:
         names = sorted({path.split("/", 2)[2] for path in found})
         raise ConfigError("\n    ".join([*wrong, f"there are: {', '.join(names)}"]))
-    return {path for path in found if any(matches(path, pattern) for pattern in cfg.targets)}
+    return {path for path in found if any(named(path, pattern) for pattern in cfg.targets)}
 
 
 def attach(
@@ -76,7 +89,7 @@ def attach(
     allocate = isinstance(jax.tree.leaves(state)[0], jax.Array)
     found = list(linears(model))
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
-    chosen = _chosen([path for path, *_ in found], cfg, paths)
+    chosen = _chosen([path for path, *_ in found], cfg, paths, model.spec)
     for path, module, name, weight in found:
         if path in chosen:
             _attach_one(path, module, name, weight, cfg, mesh, seed, allocate)
@@ -134,19 +147,29 @@ def _new_rows(
     return _param(values, (len(new_ids), dim), ("lora", "norm"), mesh, allocate)
 
 
+def quantizing(cfg: LoraConfig) -> Callable[[str, nnx.Variable, Any], Any] | None:
+    """What models/hf.py keeps of each parameter that it reads, where matrices are quantised."""
+
+    def keep(path: str, param: nnx.Variable, value: Any) -> Any:
+        if is_quantized(value) or not is_linear(path):
+            return value
+        return quantize(path, value, tuple(param.get_metadata("out_sharding")), cfg.quantize)
+
+    return None if cfg.quantize == "none" else keep
+
+
 def adapt(
     graph: nnx.GraphDef, state: nnx.State, cfg: LoraConfig, mesh: jax.sharding.Mesh,
     *, seed: int = 0, new_ids: range = range(0),
 ) -> tuple[nnx.GraphDef, nnx.State]:  # fmt: skip
     """The model as a run with adapters has it: its matrices quantised, if so asked, and adapters.
 
-    A state of shapes gives shapes. The state is given up where it is quantised.
+    A state of shapes gives shapes. Of a matrix that is quantised here the values are given up.
     """
-    if cfg.quantize != "none":
+    if keep := quantizing(cfg):
         model = nnx.merge(graph, state)
         for path, _, _, weight in linears(model):
-            axes = tuple(weight.get_metadata("out_sharding"))
-            weight.set_value(quantize(path, weight.get_value(), axes, cfg.quantize))
+            weight.set_value(keep(path, weight, weight.get_value()))
         graph, state = nnx.split(model)
     return attach(graph, state, cfg, mesh, seed=seed, new_ids=new_ids)
 
@@ -159,42 +182,44 @@ def without_fresh(params: Any) -> Any:
     return nested((path, leaf) for path, leaf in leaves.items() if "_lora_" not in path)
 
 
-def merged(params: Any, adapter: Adapter, new_ids: range, dtype: Any) -> Any:
-    """The base model's parameters with the adapters in them: W + scale * A B, in W's dtype.
+def merging(
+    params: Any, adapter: Adapter, new_ids: range, dtype: Any
+) -> tuple[Any, Callable[[str, Any], jax.Array]]:
+    """(the base model's parameters as they are, (path, one of them) -> it with its adapter in it).
 
-    params: a nested dict, whose base weights are given up leaf by leaf as they are replaced (do
-    not use them afterwards). Quantised weights become `dtype`, the values that were trained over.
+    W + scale * A B, in W's dtype; of a quantised W in `dtype`, from the values that were trained
+    over. One leaf at a time can be made and let go.
     """
-    leaves, out = dict(flat(params)), {}
-    for path, leaf in leaves.items():
-        if is_adapter(path):
-            continue
-        leaf = dense(leaf, dtype)
-        if (a := leaves.get(path + _A)) is not None:
-            leaf = _merge(leaf, a, leaves[path + _B], adapter.scale)
-        if (rows := leaves.get(f"{path}_new")) is not None:
-            leaf = _replace(leaf, rows, new_ids.start, path == "head")
-        out[path] = leaf
-    return nested(out.items())
+    leaves = dict(flat(params))
+    base = nested((path, leaf) for path, leaf in leaves.items() if not is_adapter(path))
+
+    def leaf(path: str, w: Any) -> jax.Array:
+        a, b, rows = (leaves.get(path + end) for end in (_A, _B, "_new"))
+        layout = w.qvalue.sharding if is_quantized(w) else w.sharding
+
+        def make(w: Any, a: Any, b: Any, rows: Any) -> jax.Array:
+            w = dense(w, dtype)
+            if a is not None:
+                w = _merge(w, a, b, adapter.scale)
+            return w if rows is None else _replace(w, rows, new_ids.start, path == "head")
+
+        changes = a is not None or rows is not None or is_quantized(w)
+        return jax.jit(make, out_shardings=layout)(w, a, b, rows) if changes else w
+
+    return base, leaf
 
 
 def _merge(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    def add(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        layers, rank = a.shape[0], a.shape[-1]
-        flat_a, flat_b = a.reshape(layers, -1, rank), b.reshape(layers, rank, -1)
-        delta = jnp.einsum("lir,lro->lio", flat_a, flat_b, precision="highest") * scale
-        return (w.astype(jnp.float32) + delta.reshape(w.shape)).astype(w.dtype)
-
-    return jax.jit(add, donate_argnums=0, out_shardings=w.sharding)(w, a, b)
+    layers, rank = a.shape[0], a.shape[-1]
+    flat_a, flat_b = a.reshape(layers, -1, rank), b.reshape(layers, rank, -1)
+    delta = jnp.einsum("lir,lro->lio", flat_a, flat_b, precision="highest") * scale
+    return (w.astype(jnp.float32) + delta.reshape(w.shape)).astype(w.dtype)
 
 
 def _replace(table: jax.Array, rows: jax.Array, start: int, is_head: bool) -> jax.Array:
-    def put(table: jax.Array, rows: jax.Array) -> jax.Array:
-        rows = rows.astype(table.dtype)
-        at = (0, start) if is_head else (start, 0)
-        return jax.lax.dynamic_update_slice(table, rows.T if is_head else rows, at)
-
-    return jax.jit(put, donate_argnums=0, out_shardings=table.sharding)(table, rows)
+    rows = rows.astype(table.dtype)
+    at = (0, start) if is_head else (start, 0)
+    return jax.lax.dynamic_update_slice(table, rows.T if is_head else rows, at)
 
 
 def with_new_rows(model: Any, tokens_BT: jax.Array, x_BTD: jax.Array) -> jax.Array:

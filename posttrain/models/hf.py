@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from posttrain.config import ConfigError
-from posttrain.models import ARCHITECTURES, classifier_of, read_spec, stream
+from posttrain.models import ARCHITECTURES, classifier_of, nested, read_spec, stream
 from posttrain.models.folder import Planned, Tensors, TensorWriter, local_folder
 from posttrain.models.keys import (
     KEYS,
@@ -39,6 +39,10 @@ from posttrain.models.spec import DtypeName, HeadName, ModelConfig, Spec
 from posttrain.models.transformer import Compute, abstract_model, compute_of, random_model
 
 _NO_IDS = range(0)
+Store = Callable[[str, nnx.Variable, jax.Array], Any]
+"""(path, parameter, its values as they were read) -> what is kept of them."""
+Leaf = Callable[[str, Any], jax.Array]
+"""(path, value in memory) -> the array that is written."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")  # buffers that old Llama files carry
 
@@ -131,12 +135,14 @@ def load(
     *,
     new_ids: range = _NO_IDS,
     new_head_seed: int | None = None,
+    store: Store | None = None,
 ) -> Model:
     """The weights of an HF folder, in compute.param_dtype, laid on the mesh.
 
     Vocabulary rows that the file has not (spec.vocab_size above config.json's) and `new_ids`
     (special tokens that took unused rows) start as the mean of the old rows; padding rows are 0.
     new_head_seed: the folder has no score head, which starts from normal values of this seed.
+    store: what is kept of each parameter, asked before the next one is read.
     Raises ValueError listing all tensors that do not fit.
     """
     graph, abstract = abstract_model(spec, compute, mesh)
@@ -154,7 +160,8 @@ def load(
         else:
             read = _reader(tensors, place, dict(file_names(name, spec)), like, new_ids, spec)
             array = stream.fill(like, lead_dims(place.key), place.key.in_dims, read)
-        loaded.append((tuple(name.split("/")), param.replace(array)))
+        kept = store(name, param, array) if store else array
+        loaded.append((tuple(name.split("/")), param.replace(kept)))
     return Model(spec, graph, nnx.from_flat_state(loaded), bool(new))
 
 
@@ -173,12 +180,14 @@ def open_model(
     new_ids: range = _NO_IDS,
     head: HeadName | None = "lm",
     new_head: bool = False,
+    store: Store | None = None,
 ) -> Model:
     """The model a config names: its weights, or random ones (cfg.random_init).
 
     tokenizer_size: ids in use, added tokens counted; new_ids: those of the added tokens.
     head: what the model must have; None: what the folder has. new_head: a language model that is
     to have a score head gets a random one (cfg.init_seed). ConfigError where it has another.
+    store: as `load` takes it; random weights are left as they are.
     """
     folder = local_folder(cfg.path)
     spec = read_spec(folder)
@@ -191,7 +200,7 @@ def open_model(
         graph, state = random_model(spec, compute, mesh, cfg.init_seed)
         return Model(spec, graph, state, made)
     seed = cfg.init_seed if made else None
-    return load(folder, spec, mesh, compute, new_ids=new_ids, new_head_seed=seed)
+    return load(folder, spec, mesh, compute, new_ids=new_ids, new_head_seed=seed, store=store)
 
 
 def _with_score_head(spec: Spec, path: str, new_head: bool) -> Spec:
@@ -225,6 +234,7 @@ def save(
     stop_ids: Sequence[int] = (),
     pad_id: int | None = None,
     shard_bytes: int = 5 * 10**9,
+    leaf: Leaf | None = None,
 ) -> None:
     """Writes an HF folder: config.json, safetensors, and what the tokenizer saves of itself.
 
@@ -232,7 +242,8 @@ def save(
     are rounded to `dtype`. A block of a tensor at a time is gathered: every process must call this,
     process 0 writes. stop_ids go into generation_config.json as the tokens that end generation,
     pad_id into config.json as the token that pads (None: as it was).
-    shard_bytes: size limit of one file; the tensors of several are listed in an index.
+    shard_bytes: size limit of one file; the tensors of several are listed in an index. leaf: makes
+    the array of a parameter, of the shape it has in params, when its turn has come.
     """
     folder, primary = Path(folder), jax.process_index() == 0
     if primary:
@@ -242,7 +253,8 @@ def save(
     writer = None
     if primary:
         writer = TensorWriter(folder, _planned(placed, spec, to), shard_bytes)
-    for path, array in flat.items():
+    for path, value in flat.items():
+        array = leaf(path, value) if leaf else value
         key, first = placed[path].key, placed[path].first
         lead, names = lead_dims(key), dict(file_names(path, spec))
         inner = 1 if key.vocab_dim is not None else math.prod(array.shape[lead + key.in_dims + 1 :])
@@ -272,8 +284,7 @@ def _planned(placed: dict[str, Place], spec: Spec, dtype: Any) -> list[Planned]:
 def flat_params(params: Any) -> Iterator[tuple[str, jax.Array]]:
     """("layers/0/attention/q", array) of a state or a nested dict of arrays."""
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
-    for path, array in jax.tree_util.tree_flatten_with_path(pure)[0]:
-        yield "/".join(str(key.key) for key in path), array
+    yield from sorted(nested.flat(pure), key=lambda item: item[0])
 
 
 def _write_configs(

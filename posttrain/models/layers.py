@@ -20,6 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from posttrain.models import moe
 from posttrain.models.attention import ATTENTION, attention
+from posttrain.models.dropout import dropped
+from posttrain.models.quantized import dense
 from posttrain.models.spec import LayerKind, Rope, Spec, Stack
 from posttrain.sharding import LOGICAL_RULES, constrain
 from posttrain.types import Routing
@@ -66,9 +68,9 @@ gather.defvjp(_gather_fwd, _gather_bwd)
 
 def weight(param: nnx.Param, dtype: Any) -> jax.Array:
     """A weight ready for a matmul: cast first, then gathered, so that half the bytes travel."""
-    value = param[...]
+    value = param.get_value()
     axes = tuple(param.get_metadata("out_sharding"))[-value.ndim :]
-    return gather(value.astype(dtype), axes)
+    return gather(dense(value, dtype).astype(dtype), axes)
 
 
 def project(x: jax.Array, w: jax.Array, dims: int = 1) -> jax.Array:
@@ -83,13 +85,20 @@ def project(x: jax.Array, w: jax.Array, dims: int = 1) -> jax.Array:
 
 
 def linear(module: Any, name: str, x: jax.Array, dims: int = 1) -> jax.Array:
-    """x times a layer's weight, module.<name>, plus module.<name>_bias where there is one.
+    """x times a layer's weight, module.<name>, plus what its adapter adds and module.<name>_bias,
+    where there are any.
 
     The ONE place where a layer's weight meets its input; `dims` as in project. The module's
     `compute` says in which dtype.
     """
     dtype = module.compute.dtype
     out = project(x, weight(getattr(module, name), dtype), dims)
+    a = getattr(module, f"{name}_lora_a", None)
+    if a is not None:
+        b = getattr(module, f"{name}_lora_b")
+        read = dropped(module, name, x)
+        added = project(project(read, weight(a, dtype), dims), weight(b, dtype))
+        out = out + added * jnp.asarray(module.adapter.scale, dtype)
     bias = getattr(module, f"{name}_bias", None)
     return out if bias is None else out + bias[...].astype(dtype)
 

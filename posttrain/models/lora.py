@@ -19,7 +19,9 @@ class LoraConfig(Config):
     """
 
     targets: tuple[Pattern, ...] = semantic(
-        ("attention/*", "mlp/*"), min_length=1, help="patterns of the matrices, as q or attention/*"
+        ("*",),
+        min_length=1,
+        help="patterns of the layers' matrices: q, attention/*, q_proj; * = all that take one",
     )
     rank: int = semantic(16, gt=0, help="columns of A, rows of B")
     alpha: float = semantic(32.0, gt=0, help="what is added is B A x times alpha / rank")

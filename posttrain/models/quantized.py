@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from posttrain.config import ConfigError
 from posttrain.models.keys import key_of
@@ -60,7 +61,9 @@ def quantize(path: str, w: jax.Array, axes: tuple[str, ...], kind: str) -> Any:
         return jax.lax.map(one, w)
 
     shapes = jax.eval_shape(make, w)
+    assert isinstance(w.sharding, NamedSharding)
     mesh = w.sharding.mesh
+    assert isinstance(mesh, Mesh)
     layout = jax.tree.map(lambda x: named_sharding(mesh, axes, x.shape), shapes)
     if isinstance(w, jax.ShapeDtypeStruct):
         place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from posttrain.models.adapters import with_new_columns, with_new_rows
 from posttrain.models.attention import ATTENTION
+from posttrain.models.dropout import Dropout, set_dropout
 from posttrain.models.embedding import look_up
 from posttrain.models.head import soft_cap
 from posttrain.models.layers import (
@@ -95,6 +97,7 @@ class Transformer(nnx.Module):
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Embedded tokens [B, T, D], scaled, in the compute dtype."""
         x = look_up(self.embedding[...], tokens_BT, self.compute.dtype)
+        x = with_new_rows(self, tokens_BT, x)
         if self.spec.embed_scale != 1:
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
         return constrain(x, ROWS)
@@ -109,24 +112,29 @@ class Transformer(nnx.Module):
         return self.routed(tokens_BT, positions_BT, segment_ids_BT)[0]
 
     def routed(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        dropout: Dropout | None = None,
     ) -> tuple[jax.Array, Routing | None]:
         """hidden, and what the routers of the layers that are mixtures did; None: there are none.
 
-        The Routing has a leading dim, those layers in the order of spec.stacks.
+        The Routing has a leading dim, those layers in the order of spec.stacks. dropout: of what
+        adapters read, in training.
         """
         ropes = rope_tables(self.spec, positions_BT)
         attend = segment_attend(self.spec, segment_ids_BT, self.compute.attention)
         x, found = self.embed(tokens_BT), []
         for group in self.spec.groups:
-            x, routings = self._scan(group, x, ropes, attend, segment_ids_BT > 0)
+            x, routings = self._scan(group, x, ropes, attend, segment_ids_BT > 0, dropout)
             found += [routing for routing in routings if routing is not None]
         routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else None
         return self.normed(constrain(x, ROWS)), routing
 
     def _scan(
         self, group: tuple[Stack, ...], x_BTD: jax.Array, ropes: Ropes, attend: Attend,
-        real_BT: jax.Array,
+        real_BT: jax.Array, dropout: Dropout | None,
     ) -> tuple[jax.Array, list[Routing | None]]:  # fmt: skip
         """The layers of a group: each step of the scan is one period, each layer its own remat.
 
@@ -138,18 +146,22 @@ class Transformer(nnx.Module):
 
         def period(x: jax.Array, layers: Any) -> tuple[jax.Array, list[Routing | None]]:
             routings = []
-            for (graph, _), layer in zip(split, layers, strict=True):
+            for (graph, _), (layer, number) in zip(split, layers, strict=True):
 
-                def run(x: jax.Array, layer: nnx.State, graph: Any = graph) -> Any:
-                    x = checkpoint_name(x, _INPUT)
-                    return nnx.merge(graph, layer)(x, ropes, attend, real_BT)
+                def run(x: jax.Array, layer: nnx.State, number: Any, graph: Any = graph) -> Any:
+                    module = nnx.merge(graph, layer)
+                    if dropout is not None:
+                        set_dropout(module, dropout, number)
+                    return module(checkpoint_name(x, _INPUT), ropes, attend, real_BT)
 
                 policy = REMAT[self.compute.remat]
-                x, routing = jax.checkpoint(run, policy=policy, prevent_cse=once)(x, layer)
+                x, routing = jax.checkpoint(run, policy=policy, prevent_cse=once)(x, layer, number)
                 routings.append(routing)
             return x, routings
 
-        return jax.lax.scan(period, x_BTD, tuple(state for _, state in split))
+        numbers = [jnp.array(stack.layers) for stack in group]
+        layers = tuple((s, n) for (_, s), n in zip(split, numbers, strict=True))
+        return jax.lax.scan(period, x_BTD, layers)
 
     def normed(self, x_BTD: jax.Array) -> jax.Array:
         """The final norm."""
@@ -161,7 +173,8 @@ class Transformer(nnx.Module):
 
     def head_kernel(self) -> jax.Array:
         """[D, V] in the weights' dtype; the embedding transposed where the head is tied."""
-        return self.embedding[...].T if self.spec.tied else self.head[...]
+        kernel = self.embedding[...].T if self.spec.tied else self.head[...]
+        return with_new_columns(self, kernel)
 
     def logits(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array

@@ -23,6 +23,7 @@ from flax import nnx
 from posttrain.models.attention import cached_attention
 from posttrain.models.head import soft_cap
 from posttrain.models.layers import rope_tables, segment_attend
+from posttrain.models.quantized import dense
 from posttrain.models.spec import LayerKind
 from posttrain.models.transformer import Transformer
 from posttrain.sampling.sampler import Choice, choose
@@ -202,7 +203,8 @@ def _cut(
     def one(path: Any, param: Any, layer: int | None) -> Any:
         value, axes = param.get_value(), param.get_metadata("out_sharding")
         if layer is not None:
-            value, axes = value[layer], axes[1:]
+            value, axes = jax.tree.map(lambda x: x[layer], value), axes[1:]
+        value = dense(value, dtype)
         if "norm" not in jax.tree_util.keystr(path):
             value = value.astype(dtype)
         return param.replace(constrain(value, axes))

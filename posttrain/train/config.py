@@ -16,7 +16,7 @@ class TrainConfig(Config):
     head_chunk: int = runtime(256, gt=0, help="trained tokens per chunk of the vocabulary head")
 
     trainable: tuple[str, ...] | None = semantic(
-        None, help="patterns of the parameters to train, as layers/*; none = all"
+        None, help="patterns of the parameters to train, as layers/*; none = all, or lora's"
     )
     frozen: tuple[str, ...] | None = semantic(
         None, help="patterns of parameters, as embedding or *norm, that stay as they are"

@@ -5,17 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from posttrain.checkpoint import is_primary
 from posttrain.config import plain_dict
 from posttrain.config_yaml import to_yaml
 from posttrain.data.plan import Plan
-from posttrain.models import hf
+from posttrain.models import hf, peft
+from posttrain.models.adapters import merging
+from posttrain.models.nested import flat, join
 from posttrain.train.model import Model
 
 
-def export(cfg: Any, model: Model, plan: Plan, params: Any) -> None:
-    """<run_dir>/export: weights, config, tokenizer, template, generation config, model card."""
+def export(cfg: Any, model: Model, plan: Plan, trained: Any, frozen: Any) -> None:
+    """<run_dir>/export: weights, config, tokenizer, template, generation config, model card.
+
+    Adapters are merged into the weights.
+    """
     folder = Path(cfg.run_dir) / "export"
+    params, leaf = join(trained, frozen), None
+    if lora := model.lora:
+        dtype = jnp.dtype(cfg.model.param_dtype)
+        params, leaf = merging(params, lora.adapter, model.new_ids, dtype)
     scores = model.spec.head == "score"
     stop_ids, tokenizer = model.chat.stop_ids, model.tokenizer
     if scores:  # transformers finds the last token of a text by the padding that follows it
@@ -28,11 +39,37 @@ def export(cfg: Any, model: Model, plan: Plan, params: Any) -> None:
         dtype=cfg.model.param_dtype,
         stop_ids=() if scores else stop_ids,
         pad_id=tokenizer.pad_id if scores else None,
+        leaf=leaf,
     )
     if is_primary():
         model.chat.save(folder)
-        (folder / "README.md").write_text(_model_card(cfg, model, plan), encoding="utf-8")
+        card = _model_card(cfg, model, plan, "transformers")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         print(f"exported to {folder}", flush=True)
+
+
+def save_adapter(cfg: Any, model: Model, plan: Plan, trained: Any, frozen: Any) -> None:
+    """<run_dir>/adapter: what a run with adapters trained, alone, in PEFT's format."""
+    assert model.lora is not None
+    folder = Path(cfg.run_dir) / "adapter"
+    if lost := peft.unsaved(join(trained, frozen), model.spec, dict(flat(trained)).__contains__):
+        if is_primary():
+            names = ", ".join(lost)
+            print(f"no adapter saved: PEFT's format has no place for {names}", flush=True)
+        return
+    peft.save(
+        folder, model.spec, trained, model.lora, base=cfg.model.path, new_ids=model.new_ids,
+        task="SEQ_CLS" if model.spec.head == "score" else "CAUSAL_LM",
+    )  # fmt: skip
+    if is_primary():
+        tokenizer = model.tokenizer
+        if model.spec.head == "score":
+            tokenizer = tokenizer.padding_apart(model.chat.stop_ids)
+        tokenizer.save(folder)
+        model.chat.save(folder)
+        card = _model_card(cfg, model, plan, "peft")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        print(f"adapter saved to {folder}", flush=True)
 
 
 METHODS = {
@@ -43,7 +80,7 @@ METHODS = {
 """By job, what the model card calls it."""
 
 
-def _model_card(cfg: Any, model: Model, plan: Plan) -> str:
+def _model_card(cfg: Any, model: Model, plan: Plan, library: str) -> str:
     sources = "\n".join(
         f"- {name}: {', '.join(source.paths)}, seen {plan.repeats[name]:.4g} times an epoch"
         for name, source in cfg.data.sources.items()
@@ -60,7 +97,7 @@ def _model_card(cfg: Any, model: Model, plan: Plan) -> str:
             "the logit\nis the reward. What means something is its difference between two answers."
         )
     return f"""---
-library_name: transformers
+library_name: {library}
 base_model: {cfg.model.path}
 tags: [posttrain, {cfg.job}]
 ---

@@ -12,7 +12,8 @@ from flax import nnx
 
 from posttrain.chat.template import ChatTemplate
 from posttrain.chat.tokenizer import Tokenizer
-from posttrain.models import hf
+from posttrain.models import adapters, hf, peft
+from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import HeadName, Spec
 
 
@@ -27,6 +28,9 @@ class Model:
     tokenizer: Tokenizer
     chat: ChatTemplate
     new_head: bool = False  # the folder has no score head: it is random
+    lora: LoraConfig | None = None  # the adapters among the parameters
+    new_ids: range = range(0)  # of tokens that were added to the vocabulary
+    whole: tuple[str, ...] = ()  # the parameters that lora.path holds whole, not as adapters
 
 
 def use_compile_cache() -> None:
@@ -39,25 +43,44 @@ def use_compile_cache() -> None:
 
 
 def open_model(
-    cfg: Any, mesh: jax.sharding.Mesh, *, head: HeadName = "lm", new_head: bool = False
+    cfg: Any,
+    mesh: jax.sharding.Mesh,
+    *,
+    head: HeadName = "lm",
+    new_head: bool = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> Model:
     """Weights straight onto the mesh. Reads the sections model and chat of cfg.
 
-    head, new_head: as posttrain.models.hf.open_model takes them.
+    head, new_head: as posttrain.models.hf.open_model takes them. lora: the adapters to put on it,
+    those of lora.path or fresh ones by `seed`.
     """
+    if lora and lora.path:
+        peft.check_config(hf.local_folder(lora.path), lora)
     folder = hf.local_folder(cfg.model.path)
     tokenizer = Tokenizer.load(folder)
     size = tokenizer.size
     if cfg.model.new_tokens:
         tokenizer = tokenizer.with_added_tokens(list(cfg.model.new_tokens))
     chat = ChatTemplate.load(folder, tokenizer, cfg.chat)
+    new_ids = range(size, tokenizer.size)
     loaded = hf.open_model(
         cfg.model,
         mesh,
         tokenizer_size=tokenizer.size,
-        new_ids=range(size, tokenizer.size),
+        new_ids=new_ids,
         head=head,
         new_head=new_head,
+        store=adapters.quantizing(lora) if lora else None,
     )
-    params = nnx.to_pure_dict(loaded.state)
-    return Model(folder, loaded.spec, loaded.graph, params, tokenizer, chat, loaded.new_head)
+    graph, state = loaded.graph, loaded.state
+    if lora:
+        graph, state = adapters.adapt(graph, state, lora, mesh, seed=seed, new_ids=new_ids)
+    params, whole = nnx.to_pure_dict(state), []
+    if lora and lora.path:
+        params, whole = peft.load(hf.local_folder(lora.path), loaded.spec, params, new_ids)
+    return Model(
+        folder, loaded.spec, graph, params, tokenizer, chat, loaded.new_head, lora, new_ids,
+        tuple(whole),
+    )  # fmt: skip

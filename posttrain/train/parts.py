@@ -10,6 +10,7 @@ import jax
 
 from posttrain import sharding
 from posttrain.checkpoint import is_primary
+from posttrain.config import ConfigError
 from posttrain.data.cache import Cache
 from posttrain.data.config import DataConfig
 from posttrain.data.plan import BatchConfig, Plan
@@ -57,6 +58,7 @@ class Parts:
             head_chunk=self.cfg.train.head_chunk,
             sources=sources,
             router=RouterWeights(self.cfg.train.router_balance, self.cfg.train.router_z),
+            dropout=self.cfg.seed if self.model.lora and self.model.lora.dropout else None,
         )
 
     def held_out(self) -> list[HeldOut | HeldOutPairs]:
@@ -82,7 +84,14 @@ class Parts:
     @functools.cached_property
     def rule(self) -> Rule:
         """Which parameters the run trains."""
-        return trained_rule(self.cfg.train, self.model.params)
+        adapters = self.model.lora is not None
+        rule = trained_rule(self.cfg.train, self.model.params, adapters=adapters)
+        if lost := [path for path in self.model.whole if not rule(path)]:
+            raise ConfigError(
+                f"lora.path: the adapter holds {', '.join(lost)} whole, as trained beside it: add "
+                "them to train.trainable, so that this run's adapter holds them too"
+            )
+        return rule
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(trained, frozen) of all parameters."""

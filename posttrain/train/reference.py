@@ -32,6 +32,7 @@ from posttrain.checkpoint import is_primary
 from posttrain.data.cache import Cache
 from posttrain.data.plan import BatchConfig, Plan
 from posttrain.metrics import Progress
+from posttrain.models.adapters import without_fresh
 from posttrain.models.head import trained_targets
 from posttrain.models.nested import join
 from posttrain.train.loop import PREEMPTED, Preemption
@@ -74,7 +75,7 @@ def make_references(
 
     def same() -> tuple[Any, str]:
         params = starting()
-        found = fingerprint(params)
+        found = fingerprint(without_fresh(params))
         if recorded not in (None, found):
             raise ValueError(
                 f"{parts.cfg.run_dir}: the run's reference is what it started from, and "

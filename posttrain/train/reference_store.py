@@ -40,8 +40,11 @@ def _lane_sums(x: jax.Array) -> list[jax.Array]:
     All lanes in one reduction: several would each hold the mixed bits of the whole array.
     """
     x = x.reshape(1) if x.ndim == 0 else x
-    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        bits = x.astype(jnp.uint32)
+    else:
+        word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
     # two words name the place: the index along the first dim, and that within the rest
     outer = jax.lax.broadcasted_iota(jnp.uint32, x.shape, 0)
     inner = jnp.zeros(x.shape, jnp.uint32)

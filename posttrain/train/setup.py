@@ -19,6 +19,7 @@ from posttrain.checkpoint import Checkpoints, is_primary
 from posttrain.config import ConfigError, plain_dict
 from posttrain.data.cache import Cache
 from posttrain.data.plan import Plan
+from posttrain.losses.base import PreferenceLoss
 from posttrain.metrics import Writer
 from posttrain.models.nested import join
 from posttrain.models.spec import HeadName
@@ -26,7 +27,7 @@ from posttrain.sampling import engine
 from posttrain.train import evaluate, loop
 from posttrain.train.config import EvalConfig, ReferenceSync
 from posttrain.train.evaluate import HeldOut
-from posttrain.train.export import export
+from posttrain.train.export import export, save_adapter
 from posttrain.train.model import Model, open_model, use_compile_cache
 from posttrain.train.offline import OfflineSource, step_size
 from posttrain.train.parts import Parts
@@ -74,7 +75,8 @@ def _run(
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         if cfg.checkpoint.init_from and not resuming:  # asked before anything slow is done
             checkpoint.find_checkpoint(cfg.checkpoint.init_from)
-        parts = Parts(cfg, mesh, open_model(cfg, mesh, head=head, new_head=True), kind)
+        model = open_model(cfg, mesh, head=head, new_head=True, lora=cfg.lora, seed=cfg.seed)
+        parts = Parts(cfg, mesh, model, kind)
         parts.split(parts.model.params)  # refuses patterns that name nothing before data are read
         _refuse_long_rows(cfg.data.seq_len, parts.model)
         _refuse_what_has_no_use(cfg, mesh, parts.model)
@@ -198,8 +200,10 @@ def _train(
         writer.close()
     if preempted:
         return loop.PREEMPTED
+    if model.lora:
+        save_adapter(cfg, model, plan, state.params, frozen)
     if cfg.export:
-        export(cfg, model, plan, join(state.params, frozen))
+        export(cfg, model, plan, state.params, frozen)
     return 0
 
 
@@ -221,14 +225,50 @@ def _say(
     for line in (
         f"model: {model.spec.family}, {model.spec.parameters:,} parameters, {cfg.model.path}",
         *([split] if split else []),
+        *_base_lines(cfg),
         f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {shape}",
         plan.describe(),
         _head_line(model, plan),
-        *(f"learning rate: {warning}" for warning in optim.warnings(cfg.optim, plan.steps)),
+        *coupling_lines(cfg),
+        *(f"learning rate: {warning}" for warning in _rate_warnings(cfg, plan)),
         f"{'continuing at' if start else 'starting at'} step {start}, "
         f"{time.monotonic() - began:.1f} s after the start",
     ):
         print(line, flush=True)
+
+
+def _base_lines(cfg: Any) -> list[str]:
+    if not cfg.lora or (cfg.model.param_dtype, cfg.model.dtype) != ("float32", "bfloat16"):
+        return []
+    return [
+        "base: kept in float32, and multiplied in bfloat16: model.param_dtype=bfloat16 halves it "
+        "(adapters stay float32)"
+    ]
+
+
+def _rate_warnings(cfg: Any, plan: Plan) -> list[str]:
+    found = optim.warnings(cfg.optim, plan.steps)
+    if cfg.job == "sft" and cfg.lora and cfg.optim.lr == optim.OptimConfig().lr:
+        found.append(
+            f"{cfg.optim.lr:g} is the default, a rate for whole models; adapters take about ten "
+            "times as much"
+        )
+    return found
+
+
+def coupling_lines(cfg: Any) -> list[str]:
+    """What several micro-batches mean to a loss that couples their examples."""
+    parts = cfg.batch.accumulate
+    if parts == 1 or not isinstance(cfg.loss, PreferenceLoss) or not cfg.loss.coupled:
+        return []
+    if cfg.loss.coupled == "step":
+        said = f"a forward pass over the step comes before its {parts} micro-batches"
+        return [f"loss: what couples its examples is of the whole step: {said}"]
+    of_all = cfg.batch.examples
+    return [
+        f"loss: a term is of the examples of its micro-batch together: {parts} micro-batches of "
+        f"{of_all / parts:g} are not the loss of one of {of_all}"
+    ]
 
 
 def _head_line(model: Model, plan: Plan) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain import checkpoint
 from posttrain.checkpoint import is_primary
+from posttrain.config import ConfigError
 from posttrain.config_yaml import read_file
 from posttrain.models.lora import is_adapter
 from posttrain.models.nested import flat, join, split
@@ -47,11 +48,16 @@ def restored(source: str, layout: Any, base: Callable[[], Any]) -> Any:
     that it started from itself, if it did). Raises ValueError where that is not what the run had.
     """
     saved = checkpoint.saved_params(source)
+    run_dir = checkpoint.find_checkpoint(source).parents[1]
+    if (lost := saved - {path for path, _ in flat(layout)}) and all(map(is_adapter, lost)):
+        raise ConfigError(
+            f"{source}: the run trained adapters ({min(lost)}, ...) that this one has not: give it "
+            f"that run's section lora, or start from model.path={run_dir}/export"
+        )
     trained, rest = split(layout, saved.__contains__)
     fresh: dict[str, Any] = {}
     if not any(map(is_adapter, saved)):  # the run had none: they begin here
         fresh, rest = split(rest, is_adapter)
-    run_dir = checkpoint.find_checkpoint(source).parents[1]
     if rest and not (run_dir / _FILE).exists():
         trained, rest = join(trained, rest), {}  # which is refused, by name
     found = checkpoint.restore_params(source, trained)

@@ -21,6 +21,7 @@ from flax import nnx
 
 from posttrain import sharding
 from posttrain.metrics import Metrics
+from posttrain.models.dropout import Dropout, hashed
 from posttrain.models.head import token_outputs
 from posttrain.models.moe import NO_ROUTER, RouterWeights, router_loss
 from posttrain.models.nested import join
@@ -39,7 +40,11 @@ class Coupled(Protocol):
     gradient, is the third argument of the loss.
     """
 
+    needs: frozenset[str]
+
     def statistic(self, outputs: TokenOutputs, batch: Batch, /) -> Statistic: ...
+
+    def __call__(self, outputs: TokenOutputs, batch: Batch, statistic: Statistic, /) -> Terms: ...
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +67,8 @@ class Forward:
 
     budget: trained positions that one shard's rows of one micro-batch hold at the most.
     router: weights of the losses of a mixture's router, which are trained beside the loss and not
-    in the `loss` that is reported; their means are over all real tokens of the step.
+    in the `loss` that is reported; their means are over all real tokens of the step. dropout: the
+    seed of adapters' dropout, None where there is none; key: of the update under way.
     """
 
     graphdef: Any
@@ -72,6 +78,21 @@ class Forward:
     head_chunk: int
     sources: int
     router: RouterWeights = NO_ROUTER
+    dropout: int | None = None
+    key: Any = None
+
+    def at(self, step: jax.Array) -> Forward:
+        """In update `step` of training: with dropout, a function of seed and step alone."""
+        if self.dropout is None:
+            return self
+        return dataclasses.replace(self, key=hashed(self.dropout, step))
+
+    def _dropout(self, micro: Batch) -> Dropout | None:
+        if self.key is None:
+            return None
+        segments = jnp.maximum(micro.segment_ids - 1, 0)
+        examples = jnp.take_along_axis(micro.example_ids, segments, axis=1)
+        return Dropout(self.key, examples, micro.positions)
 
     def __call__(
         self, params: Any, micro: Batch, reference: Any = None, whole: Whole | None = None
@@ -128,7 +149,8 @@ class Forward:
         """The micro-batch with what a live reference says, where the loss needs it."""
         if reference is None or "reference_logps" not in self.loss.needs:
             return micro
-        said = self.outputs(jax.lax.stop_gradient(reference), micro)
+        plain = dataclasses.replace(self, key=None)
+        said = plain.outputs(jax.lax.stop_gradient(reference), micro)
         return dataclasses.replace(micro, reference_logps=said.logps)
 
     def outputs(
@@ -139,7 +161,9 @@ class Forward:
         A reward model says one thing of each segment: its score.
         """
         model = nnx.merge(self.graphdef, params)
-        hidden_BTD, routing = model.routed(micro.tokens, micro.positions, micro.segment_ids)
+        hidden_BTD, routing = model.routed(
+            micro.tokens, micro.positions, micro.segment_ids, self._dropout(micro)
+        )
         if model.spec.head == "score":
             segments = micro.example_ids.shape[-1]
             scores = model.scores(hidden_BTD, micro.segment_ids, segments)
@@ -194,14 +218,14 @@ def train_step_fn(
     layout = jax.tree.map(lambda x: x.sharding, state)
 
     def total(
-        params: Any, micro: Batch, reference: Any, frozen: Any, whole: Whole | None
+        params: Any, now: Forward, micro: Batch, reference: Any, frozen: Any, whole: Whole | None
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, metrics = forward(join(params, frozen), micro, reference, whole)
+        loss, metrics = now(join(params, frozen), micro, reference, whole)
         return loss.total, (loss.count, metrics)
 
-    def micro_grads(params: Any, micro: Batch, *others: Any) -> tuple[Any, jax.Array, Metrics]:
+    def micro_grads(params: Any, *others: Any) -> tuple[Any, jax.Array, Metrics]:
         run = jax.value_and_grad(total, has_aux=True)
-        (_, (count, metrics)), grads = run(params, micro, *others)
+        (_, (count, metrics)), grads = run(params, *others)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.lax.with_sharding_constraint(grads, layout.params), count, metrics
 
@@ -210,9 +234,10 @@ def train_step_fn(
     ) -> tuple[TrainState, Metrics]:
         if state.reference is not None:
             reference = join(state.reference, frozen)
-        whole = forward.whole(join(state.params, frozen), batch, reference)
+        now = forward.at(state.step)
+        whole = now.whole(join(state.params, frozen), batch, reference)
         grads, count, metrics = _sum_over_micro_batches(
-            lambda micro: micro_grads(state.params, micro, reference, frozen, whole), batch
+            lambda micro: micro_grads(state.params, now, micro, reference, frozen, whole), batch
         )
         grads = jax.tree.map(lambda g: g / count, grads)
         norm = optax.tree.norm(grads)

@@ -14,11 +14,11 @@ from flax import nnx
 
 from posttrain import sharding
 from posttrain.config import ConfigError
-from posttrain.models.adapters import adapt, merged
+from posttrain.models.adapters import adapt
 from posttrain.models.lora import LoraConfig, is_adapter
 from posttrain.models.nested import flat, nested
 from posttrain.models.quantized import dense, is_quantized, quantize
-from tests.models.test_lora import logits
+from tests.models.test_lora import logits, merged
 from tests.models.tiny import mesh_of, open_tiny
 
 NF4 = np.array(

@@ -96,14 +96,16 @@ def test_an_adapter_that_peft_wrote_says_here_what_it_says_there(case: Any, tmp_
 
     folder, cfg = case
     names = {"q": "q_proj", "v": "v_proj", "down": "down_proj"}
+    whole = [] if "q" in cfg.targets else ["lm_head"]
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     targets = [names[x] for x in cfg.targets] if "q" in cfg.targets else every
     config = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, use_rslora=cfg.rslora,
-                             target_modules=targets, task_type="CAUSAL_LM")  # fmt: skip
+                             target_modules=targets, modules_to_save=whole or None,
+                             task_type="CAUSAL_LM")  # fmt: skip
     torch.manual_seed(1)
     model = peft.get_peft_model(base_of(folder), config)
     for name, weight in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "modules_to_save" in name:
             torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(tmp_path)
     ours.check_config(tmp_path, cfg)
@@ -111,17 +113,20 @@ def test_an_adapter_that_peft_wrote_says_here_what_it_says_there(case: Any, tmp_
     tokens = TOKENS.clip(max=210)
     before = our_logits(graph, params, tokens)
     with jax.set_mesh(mesh):
-        params = ours.load(tmp_path, spec, params)
+        params, found_whole = ours.load(tmp_path, spec, params, range(0))
+    assert found_whole == ["head"] * len(whole)
     found, want = our_logits(graph, params, tokens), their_logits(model, tokens)
     assert np.abs(want - before).max() > 0.1
     np.testing.assert_allclose(found, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("new", [0, 2])
+@pytest.mark.parametrize(("new", "beside"), [
+    (0, ()), (2, ("final_norm",)), (2, ("embedding", "head")),
+])  # fmt: skip
 def test_an_adapter_that_we_wrote_says_there_what_it_says_here(
-    case: Any, tmp_path: Path, new: int
+    case: Any, tmp_path: Path, new: int, beside: tuple[str, ...]
 ) -> None:
-    """With rows for new tokens too, and what is trained whole beside it (the final norm)."""
+    """With rows for new tokens too, and what is trained whole beside it: a norm, the tables."""
     import peft
 
     folder, cfg = case
@@ -129,7 +134,7 @@ def test_an_adapter_that_we_wrote_says_there_what_it_says_here(
     rng = np.random.default_rng(2)
 
     def trains(path: str) -> bool:
-        return is_adapter(path) or (new > 0 and path == "final_norm")
+        return is_adapter(path) or path in beside
 
     params = nested(
         (p, x + rng.normal(0, 0.1, x.shape).astype(np.float32) if trains(p) else x)
@@ -150,3 +155,44 @@ def test_an_adapter_that_we_wrote_says_there_what_it_says_here(
     assert model.peft_config["default"].use_rslora == cfg.rslora
     merged = their_logits(model.merge_and_unload(), tokens)
     np.testing.assert_allclose(merged, our_logits(graph, params, tokens), atol=1e-5)
+    blank = nested((p, x * 0 if trains(p) else x) for p, x in flat(params))
+    with jax.set_mesh(mesh):
+        read, _ = ours.load(tmp_path, spec, blank, range(vocab, vocab + new))
+    np.testing.assert_allclose(our_logits(graph, read, tokens), merged, atol=1e-5)
+
+
+def test_scores_of_a_reward_models_adapter_are_equal_there(case: Any, tmp_path: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    folder, cfg = case
+    mesh = mesh_of(1, 1, 1)
+    options = {"dtype": "float32", "remat": "none", "vocab_multiple": 1}
+    with jax.set_mesh(mesh):
+        made = open_model(ModelConfig(path=str(folder), **options), mesh, head="score",
+                          new_head=True)  # fmt: skip
+        graph, state = attach(made.graph, made.state, cfg, mesh)
+    rng = np.random.default_rng(2)
+
+    def trains(path: str) -> bool:
+        return is_adapter(path) or path == "score"
+
+    params = nested(
+        (p, x + rng.normal(0, 0.1, x.shape).astype(np.float32) if trains(p) else x)
+        for p, x in flat(nnx.to_pure_dict(state))
+    )
+    with jax.set_mesh(mesh):
+        ours.save(tmp_path, made.spec, split(params, trains)[0], cfg, base=str(folder),
+                  new_ids=range(0), task="SEQ_CLS")  # fmt: skip
+    tokens = TOKENS.clip(max=210)
+    model = nnx.merge(graph, nnx.State(params))
+    places = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
+    ones = np.ones_like(tokens)
+    found = model.scores(model.hidden(tokens, places, ones), jax.numpy.asarray(ones), 1)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    base.config.pad_token_id = 0
+    theirs = peft.PeftModel.from_pretrained(base.float(), tmp_path).eval()
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(np.asarray(found), want, atol=1e-5)

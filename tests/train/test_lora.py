@@ -13,19 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from posttrain import sharding
 from posttrain.data.plan import BatchConfig, Plan
+from posttrain.models.adapters import without_fresh
 from posttrain.models.lora import is_adapter
 from posttrain.models.nested import flat, join, split
 from posttrain.optim import OptimConfig, decays, make_optimizer
 from posttrain.train.config import TrainConfig
 from posttrain.train.offline import OfflineSource
+from posttrain.train.reference_store import fingerprint
 from posttrain.train.state import new_state
 from posttrain.train.step import Forward, train_step_fn
 from posttrain.train.trainable import trained_rule
 from tests.models.test_lora import with_adapters
-from tests.models.tiny import mesh_of
+from tests.models.tiny import mesh_of, open_tiny
 from tests.train.test_step import (
     DPO_LOSS,
     PAIRS,
@@ -79,9 +82,7 @@ def unpacked(folder: Path) -> tuple[dict[str, Any], Any]:
     return step(folder, (1, 1, 1), packing="none")
 
 
-@pytest.mark.parametrize(
-    ("sizes", "batch"), [((1, 1, 1), {}), ((2, 4, 1), {}), ((1, 2, 2), {"accumulate": 4})]
-)
+@pytest.mark.parametrize(("sizes", "batch"), [((1, 1, 1), {}), ((2, 2, 2), {"accumulate": 4})])
 def test_a_step_of_adapters_is_the_same_however_it_is_laid_out(
     folder: Path, unpacked: Any, sizes: tuple[int, int, int], batch: dict[str, Any]
 ) -> None:
@@ -95,13 +96,11 @@ def test_a_step_of_adapters_is_the_same_however_it_is_laid_out(
 
 def test_dropout_is_a_function_of_seed_step_and_token(folder: Path, unpacked: Any) -> None:
     """Each token has its own wherever it lies: packed or not, by micro-batches, on 8 devices."""
-    want = step(folder, (1, 1, 1), dropout=0.5, packing="none")
-    assert_same(step(folder, (2, 4, 1), dropout=0.5), want)
-    assert_same(step(folder, (1, 2, 2), dropout=0.5, accumulate=4), want)
-    others = [step(folder, (1, 1, 1), dropout=0.5, packing="none", **x)
-              for x in ({"seed": 1}, {"at": 1})]  # fmt: skip
-    losses = [float(x[0]["loss"].value) for x in (want, unpacked, *others)]
-    assert len(set(losses)) == 4, losses
+    want = step(folder, (1, 1, 1), dropout=0.2, packing="none")
+    assert_same(step(folder, (2, 2, 2), dropout=0.2, accumulate=4), want)
+    later = step(folder, (1, 1, 1), dropout=0.2, packing="none", at=1)
+    losses = [float(x[0]["loss"].value) for x in (want, unpacked, later)]
+    assert len(set(losses)) == 3, losses
 
 
 def test_a_live_reference_is_the_adapter_that_training_started_from(folder: Path) -> None:
@@ -109,6 +108,17 @@ def test_a_live_reference_is_the_adapter_that_training_started_from(folder: Path
     assert abs(want["rewards/margins"].value) > 0.01
     found, _ = step(folder, (1, 2, 1), live=True, accumulate=2)
     np.testing.assert_allclose(found["loss"].total, want["loss"].total, rtol=1e-5)
+
+
+def test_fresh_adapters_are_no_other_reference(folder: Path) -> None:
+    """Runs of any rank and seed, and of the whole model, find the same log-probs."""
+    mesh = mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        base = nnx.to_pure_dict(open_tiny(folder, "llama", mesh).state)
+        fresh = with_adapters(folder, mesh, "llama", rank=4, noise=False)[1]
+        moved = with_adapters(folder, mesh, "llama", rank=4)[1]
+        assert fingerprint(without_fresh(fresh)) == fingerprint(base)
+        assert fingerprint(without_fresh(moved)) == fingerprint(moved) != fingerprint(base)
 
 
 def test_only_what_is_trained_has_optimiser_state_and_decays_as_a_matrix(folder: Path) -> None:
