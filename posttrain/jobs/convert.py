@@ -100,7 +100,7 @@ def run(cfg: Config) -> int:
         )
         _write_rest(cfg, source)
     print(
-        f"{cfg.out}: {source.spec.family}, {source.spec.parameters:,} parameters, "
+        f"{cfg.out}: {source.spec.title}, {source.spec.parameters:,} parameters, "
         f"{source.spec.vocab_size} tokens, {source.dtype}"
     )
     return 0
@@ -108,7 +108,7 @@ def run(cfg: Config) -> int:
 
 def _of_folder(cfg: Config, mesh: Any) -> _Source:
     from posttrain.chat.tokenizer import Tokenizer
-    from posttrain.models import hf, peft
+    from posttrain.models import hf, peft, read_spec
     from posttrain.models.config_json import read_json
     from posttrain.models.folder import local_folder
 
@@ -125,7 +125,7 @@ def _of_folder(cfg: Config, mesh: Any) -> _Source:
     if tokenizer and cfg.new_tokens:
         tokenizer = tokenizer.with_added_tokens(list(cfg.new_tokens))
         size = tokenizer.size
-    rows = max(size, int(raw.get("vocab_size") or 0))
+    rows = max(size, read_spec(folder).vocab_size)
     rows = -(-rows // cfg.vocab_multiple) * cfg.vocab_multiple
     options: dict[str, Any] = {"param_dtype": dtype, "dtype": dtype, "vocab_multiple": 1}
     adapter = local_folder(cfg.adapter) if cfg.adapter else None

@@ -14,6 +14,7 @@ from posttrain.models.spec import Spec
 
 MODELS = {
     "gemma2": gemma.read_gemma2,
+    "gemma3": gemma.read_gemma3_images,
     "gemma3_text": gemma.read_gemma3,
     "llama": llama.read_spec,
     "mistral": mistral.read_spec,

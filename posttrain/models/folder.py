@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
 
 from posttrain.config import ConfigError
 from posttrain.models.config_json import read_json
@@ -47,10 +47,65 @@ def local_folder(path: str) -> Path:
         ) from e
 
 
-class Tensors:
-    """The tensors of a folder's *.safetensors, by name; reads slices, holds files open."""
+_READ = {name: dtype for dtype, name in _DTYPES.items()} | {"F64": np.dtype(np.float64)}
 
-    def __init__(self, folder: Path):
+
+class _File:
+    """A *.safetensors file: its header, checked, and its bytes, mapped.
+
+    What is read is copied and its pages are let go, which would count as this process's memory
+    until all of the file was in it. Raises ValueError where the file is cut short or another.
+    """
+
+    def __init__(self, path: Path):
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            self._begin = 8 + length
+            try:
+                header = json.loads(file.read(length) if self._begin <= size else b"")
+                self.tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+                fits = all(map(self._fits, self.tensors.values(), [size] * len(self.tensors)))
+            except (ValueError, AttributeError, KeyError, TypeError):
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"{path}: not a whole safetensors file ({size:,} bytes): copy it again"
+                )
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _fits(self, tensor: dict[str, Any], size: int) -> bool:
+        begin, end = tensor["data_offsets"]
+        dtype = _READ.get(tensor["dtype"])
+        whole = math.prod(tensor["shape"]) * dtype.itemsize if dtype else end - begin
+        return 0 <= begin <= end <= size - self._begin and whole == end - begin
+
+    def read(self, name: str, slices: Slices) -> np.ndarray:
+        """A copy of a part of a tensor."""
+        tensor = self.tensors[name]
+        dtype, shape = _READ[tensor["dtype"]], tensor["shape"]
+        begin = self._begin + tensor["data_offsets"][0]
+        whole = np.frombuffer(self._map, dtype, math.prod(shape), begin).reshape(shape)
+        piece = whole[slices].copy()
+        row = whole[0].nbytes if shape[0] else 0
+        first, last, _ = slices[0].indices(shape[0])
+        page = (begin + first * row) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, page, begin + last * row - page)
+        return piece
+
+
+# Of a model that sees images: what its text model's names begin with, and what they are here.
+_TEXT = {"model.language_model.": "model.", "language_model.": ""}
+_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+class Tensors:
+    """The tensors of a folder's *.safetensors, by name; reads slices, holds files open.
+
+    images: of a model that sees images, its text model's, named as if they were all.
+    """
+
+    def __init__(self, folder: Path, *, images: bool = False):
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -67,13 +122,18 @@ class Tensors:
                 else "for a random model from config.json alone set model.random_init=true"
             )
             raise ValueError(f"{folder}: no *.safetensors; {hint}")
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, tuple[_File, str]] = {}  # name -> (file, its name there)
         for file in files:
             if not file.is_file():
                 raise ValueError(f"{index}: names {file.name}, which is not in the folder")
-            opened = safe_open(file, framework="np")
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                self._where[name] = opened
+            opened = _File(file)
+            for stored in opened.tensors:
+                if not images:
+                    self._where[stored] = opened, stored
+                elif not _IMAGES.match(stored):
+                    prefix = next((p for p in _TEXT if stored.startswith(p)), "")
+                    name = _TEXT.get(prefix, "") + stored.removeprefix(prefix)
+                    self._where[name] = opened, stored
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -84,15 +144,20 @@ class Tensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
-        return tuple(self._where[name].get_slice(name).get_shape())
+        return tuple(self._entry(name)["shape"])
 
     def dtype(self, name: str) -> str:
         """A tensor's dtype as safetensors spells it (F32, BF16, ...)."""
-        return self._where[name].get_slice(name).get_dtype()
+        return self._entry(name)["dtype"]
 
     def read(self, name: str, slices: Slices) -> np.ndarray:
         """A part of one tensor."""
-        return self._where[name].get_slice(name)[slices]
+        file, stored = self._where[name]
+        return file.read(stored, slices)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        file, stored = self._where[name]
+        return file.tensors[stored]
 
     def mean(self, name: str, count: int, columns: slice, rows: int = 4096) -> np.ndarray:
         """The mean of a table's first `count` rows, float64; `rows` of them in memory at a time."""

@@ -147,7 +147,7 @@ def load(
     """
     graph, abstract = abstract_model(spec, compute, mesh)
     flat = {"/".join(map(str, k)): v for k, v in nnx.to_flat_state(abstract)}
-    tensors, raw = Tensors(Path(path)), json.loads(spec.config_json)
+    tensors, raw = Tensors(Path(path), images=spec.images), json.loads(spec.config_json)
     shapes = {name: v.get_value().shape for name, v in flat.items()}
     placed = places(shapes, spec, raw["vocab_size"])
     new = {"score"} if new_head_seed is not None else set()
@@ -155,7 +155,7 @@ def load(
     loaded = []
     for name, param in flat.items():
         like, place = param.get_value(), placed[name]
-        if name in new:
+        if name in new and new_head_seed is not None:
             array = _normal(like, spec.init_std, new_head_seed)
         else:
             read = _reader(tensors, place, dict(file_names(name, spec)), like, new_ids, spec)
@@ -165,7 +165,7 @@ def load(
     return Model(spec, graph, nnx.from_flat_state(loaded), bool(new))
 
 
-def _normal(like: jax.ShapeDtypeStruct, std: float, seed: int | None) -> jax.Array:
+def _normal(like: jax.ShapeDtypeStruct, std: float, seed: int) -> jax.Array:
     def make(key: jax.Array) -> jax.Array:
         return (jax.random.normal(key, like.shape, jnp.float32) * std).astype(like.dtype)
 

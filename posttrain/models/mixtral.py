@@ -14,6 +14,7 @@ _DEFAULTS = {
     "num_experts_per_tok": 2,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
+    "max_position_embeddings": 131072,
 }
 _MOE = "model.layers.{layer}.block_sparse_moe."
 _TENSORS = {

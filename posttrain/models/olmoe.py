@@ -8,7 +8,12 @@ from typing import Any
 from posttrain.models.config_json import Fields, read_dense
 from posttrain.models.spec import LayerKind, Spec
 
-_DEFAULTS = {"num_experts": 64, "num_experts_per_tok": 8, "rms_norm_eps": 1e-5}
+_DEFAULTS = {
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}
 
 
 def read_spec(raw: Mapping[str, Any], where: str) -> Spec:
@@ -23,6 +28,6 @@ def read_spec(raw: Mapping[str, Any], where: str) -> Spec:
         qk_norm="width",
         pattern=(LayerKind(experts=fields.size("num_experts")),),
         experts_chosen=fields.size("num_experts_per_tok"),
-        experts_normalised=bool(fields.take("norm_topk_prob", False)),
+        experts_normalised=fields.flag("norm_topk_prob"),
         expert_mlp=fields.size("intermediate_size"),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.models.config_json import Fields, read_dense
+from posttrain.models.config_json import Fields, read_dense, same_kind
 from posttrain.models.spec import LayerKind, Spec
 
 _FUSED = {
@@ -26,9 +26,9 @@ def read_spec(raw: Mapping[str, Any], where: str) -> Spec:
     fields = Fields(
         raw,
         where,
-        defaults={"rms_norm_eps": 1e-5},
+        defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
         only={"resid_pdrop": (0, None), "embd_pdrop": (0, None)},
     )
     fields.take("original_max_position_embeddings", None)  # says something with longrope alone
-    window = fields.size_or_none("sliding_window")
-    return read_dense(fields, tensors=_FUSED, pattern=(LayerKind(window=window),))
+    kind = LayerKind(window=fields.size_or_none("sliding_window"))
+    return read_dense(fields, tensors=_FUSED, pattern=same_kind(fields, kind))

@@ -8,14 +8,19 @@ from typing import Any
 from posttrain.models.config_json import Fields, read_dense, read_pattern
 from posttrain.models.spec import LayerKind, Spec
 
-_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "max_position_embeddings": 32768,
+}
 
 
 def read_windows(fields: Fields) -> tuple[LayerKind, ...]:
     """With use_sliding_window the layers from max_window_layers on see a window alone."""
     window, layers = fields.size_or_none("sliding_window"), fields.size("num_hidden_layers")
-    before = fields.take("max_window_layers")
-    if not fields.take("use_sliding_window", False):
+    before = fields.size("max_window_layers", 28, least=0)
+    if not fields.flag("use_sliding_window"):
         window = None
     sliding = 0 if window is None else max(layers - before, 0)
     types = ["full_attention"] * (layers - sliding) + ["sliding_attention"] * sliding

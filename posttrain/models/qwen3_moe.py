@@ -13,6 +13,7 @@ _DEFAULTS = {
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
     "sliding_window": 4096,
+    "max_position_embeddings": 32768,
 }
 
 
@@ -23,12 +24,12 @@ def read_spec(raw: Mapping[str, Any], where: str) -> Spec:
     fields = Fields(raw, where, defaults=_DEFAULTS, only=only)
     fields.take("router_aux_loss_coef", None)  # in training: train.router_balance
     fields.take("max_window_layers", None)  # transformers gives all layers the window
-    layers, dense = fields.size("num_hidden_layers"), set(fields.take("mlp_only_layers", []))
+    layers, dense = fields.size("num_hidden_layers"), fields.typed("mlp_only_layers", list, [])
     step = fields.size("decoder_sparse_step", 1)
     # what transformers 5 writes, and what files had before
     experts = fields.size("num_local_experts", fields.size("num_experts", 128))
     window = fields.size_or_none("sliding_window")
-    if not fields.take("use_sliding_window", False):
+    if not fields.flag("use_sliding_window"):
         window = None
     name = "full_attention" if window is None else "sliding_attention"
     kinds = read_pattern(
@@ -47,6 +48,6 @@ def read_spec(raw: Mapping[str, Any], where: str) -> Spec:
         qk_norm="head",
         pattern=pattern,
         experts_chosen=fields.size("num_experts_per_tok"),
-        experts_normalised=bool(fields.take("norm_topk_prob", False)),
+        experts_normalised=fields.flag("norm_topk_prob"),
         expert_mlp=fields.size("moe_intermediate_size"),
     )

@@ -128,6 +128,8 @@ class Spec:
     head: HeadName = "lm"
     """What reads the last layer: the vocabulary head, or a reward model's one number."""
     init_std: float = 0.02
+    images: bool = False
+    """The folder also holds the part of a model that sees images, which is left out."""
     config_json: str = dataclasses.field(default="{}", repr=False, compare=False)
     """The config.json it was read from, whole: what an export starts from."""
 
@@ -135,6 +137,11 @@ class Spec:
         """The same model with `vocab_size` tokens, rows padded to a multiple of `multiple`."""
         rows = -(-vocab_size // multiple) * multiple
         return dataclasses.replace(self, vocab_size=vocab_size, vocab_rows=rows)
+
+    @property
+    def title(self) -> str:
+        """For a line to the user: the family, and what of the folder is left out."""
+        return self.family + self.images * " without the part that sees images"
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

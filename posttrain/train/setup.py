@@ -223,7 +223,7 @@ def _say(
         return
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     for line in (
-        f"model: {model.spec.family}, {model.spec.parameters:,} parameters, {cfg.model.path}",
+        f"model: {model.spec.title}, {model.spec.parameters:,} parameters, {cfg.model.path}",
         *([split] if split else []),
         *_base_lines(cfg),
         f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {shape}",

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from posttrain.models import hf, stream
+from posttrain.models import hf
 from posttrain.models.folder import local_folder
 from posttrain.models.head import token_outputs
 from posttrain.models.spec import ModelConfig
@@ -92,53 +92,6 @@ def test_what_is_saved_is_what_is_loaded_on_any_mesh(saved: Any) -> None:
                 assert not got[:, 160:].any()
                 got = got[:, :160]
             np.testing.assert_array_equal(got, array, err_msg=path)
-
-
-@pytest.mark.parametrize("name", ["gemma3_text", "phi3", "olmo2"])
-def test_families_with_stacks_and_fused_tensors_come_back(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Written from one mesh and read on another, a few rows at a time, in several files."""
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 3000)
-    model = open_tiny(tmp_path / "config", name, mesh_of(2, 2, 2))
-    hf.save(tmp_path / "model", model.spec, model.state, shard_bytes=50_000)
-    want = values(model)
-    for shape in (ONE, (1, 1, 8)):
-        found = values(hf.open_model(config(tmp_path / "model"), mesh_of(*shape)))
-        assert set(found) == set(want)
-        for path, array in want.items():
-            np.testing.assert_array_equal(found[path], array, err_msg=path)
-
-
-def test_fused_tensors_hold_their_parts_in_order(tmp_path: Path) -> None:
-    """Phi-3's qkv_proj is q, k, v, one under the other; gate_up_proj is gate, then up."""
-    model = open_tiny(tmp_path / "config", "phi3", mesh_of(*ONE))
-    hf.save(tmp_path / "model", model.spec, model.state)
-    tensors, own = load_file(tmp_path / "model" / "model.safetensors"), values(model)
-    parts = [own[f"layers/0/attention/{name}"][1].reshape(64, -1).T for name in "qkv"]
-    qkv = tensors["model.layers.1.self_attn.qkv_proj.weight"]
-    np.testing.assert_array_equal(qkv, np.concatenate(parts))
-    gate, up = (own[f"layers/0/mlp/{name}"][1].T for name in ("gate", "up"))
-    fused = tensors["model.layers.1.mlp.gate_up_proj.weight"]
-    np.testing.assert_array_equal(fused, np.concatenate([gate, up]))
-
-
-def test_layers_of_a_period_find_their_tensors(tmp_path: Path) -> None:
-    """Gemma 3's layers 0, 2 | 1, 3 | 4 lie in three stacks."""
-    model = open_tiny(tmp_path / "config", "gemma3_text", mesh_of(*ONE))
-    hf.save(tmp_path / "model", model.spec, model.state)
-    tensors, own = load_file(tmp_path / "model" / "model.safetensors"), values(model)
-    for layer, (stack, index) in enumerate([("0", 0), ("1", 0), ("0", 1), ("1", 1), ("2", 0)]):
-        for ours, theirs in {
-            "attention_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        }.items():
-            want = own[f"layers/{stack}/{ours}"][index]
-            found = tensors[f"model.layers.{layer}.{theirs}.weight"]
-            np.testing.assert_array_equal(found, want)
-        up = own[f"layers/{stack}/mlp/up"][index].T
-        np.testing.assert_array_equal(tensors[f"model.layers.{layer}.mlp.up_proj.weight"], up)
 
 
 def test_saved_config_keeps_the_original_fields(saved: Any) -> None:
@@ -312,6 +265,26 @@ def test_a_file_that_the_index_names_must_be_there(saved: Any, tmp_path: Path) -
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(ValueError, match=r"names model-00002-of-\d+.safetensors, which is not"):
         hf.open_model(config(tmp_path), mesh_of(*ONE))
+
+
+def test_files_cut_short_or_of_another_kind_are_named(saved: Any, tmp_path: Path) -> None:
+    _, folder, _ = saved
+    broken(folder, tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    ends = whole[8 : 8 + length].replace(b'"data_offsets":[0,', b'"data_offsets":[4,')
+    for content in (
+        b"",
+        whole[:100],
+        whole[:-1],
+        b"version https://git-lfs.github.com/spec/v1 size 1",
+        b"\x02\0\0\0\0\0\0\0[]",
+        whole[:8] + ends + whole[8 + length :],
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"model.safetensors: not a whole .*{len(content):,}"):
+            hf.open_model(config(tmp_path), mesh_of(*ONE))
 
 
 def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

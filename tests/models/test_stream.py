@@ -63,27 +63,21 @@ def test_what_is_filled_is_read(
 
 
 _MEASURED = """
-import ctypes, json, re, sys, threading
+import ctypes, json, re, sys
 import jax, numpy as np
 from posttrain.models import hf
 from posttrain.models.spec import ModelConfig
 from posttrain.sharding import MeshConfig, make_mesh
 
-def resident():  # bytes of the process that are no file's pages
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
+def status(name):  # bytes of the process in memory, pages of files among them
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 
 def peak(work):
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, seen, done = resident(), [0], threading.Event()
-    def watch():
-        while not done.wait(0.002):
-            seen.append(resident())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    before = status("VmRSS")
     result = work()
-    done.set()
-    watcher.join()
-    return max(*seen, resident()) - before, result
+    return status("VmHWM") - before, result
 
 folder, out, small = sys.argv[1:]
 found = {}

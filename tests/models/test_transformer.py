@@ -90,7 +90,7 @@ def test_every_mesh_gives_the_same_weights_loss_and_gradients(
     assert layout == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "offload"])
+@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"none"}))
 def test_remat_changes_nothing_but_memory(
     tmp_path: Path, rows: tuple[np.ndarray, ...], on_one_device: Any, remat: str
 ) -> None:
