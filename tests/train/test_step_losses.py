@@ -8,17 +8,20 @@ compilation is what costs time here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from posttrain.data.fit import with_twins
-from posttrain.losses import PAIR_LOSSES
-from posttrain.losses.bco import BCO
+from posttrain.jobs import preference
+from posttrain.losses import PAIR_LOSSES, UNPAIRED_LOSSES
 from posttrain.losses.kto import KTO
 from posttrain.losses.mixture import Mixture
-from posttrain.types import Example
+from posttrain.losses.unpaired import UnpairedLoss
+from posttrain.train.setup import coupling_lines
+from posttrain.train.step import Coupled
+from posttrain.types import Batch, DataKind, Example, Mean, Statistic, Terms, TokenOutputs
 from tests.train.test_step import PAIRS, SEQ_LEN, FakePairs, assert_same, step
 
 OPTIONS = [
@@ -40,21 +43,20 @@ def mixture(losses: list[dict[str, Any]]) -> Mixture:
 
 
 class FakeLabelled(FakePairs):
-    """The answers of FakePairs, each by itself, labelled; with their mismatched twins for KTO."""
+    """The answers of FakePairs, each by itself, labelled, with their mismatched twins."""
 
-    def __init__(self, *, twinned: bool):
-        super().__init__(sides=2 if twinned else 1)
+    def __init__(self) -> None:
+        super().__init__()
         rows = [
             Example(e.tokens, e.loss_weights, label=int(i % 3 > 0))
             for i, e in enumerate(self.examples)
         ]
-        if twinned:
-            rows = with_twins(rows, [0] * len(rows), 4, SEQ_LEN).examples
-            rng = np.random.default_rng(1)
-            self.said = []
-            for row in rows:  # the policy is above the reference, so that the KL is not cut off
-                logps = rng.uniform(-9, -5, int((row.loss_weights > 0).sum()))
-                self.said.append(logps.astype(np.float32))
+        rows = with_twins(rows, [0] * len(rows), 4, SEQ_LEN).examples
+        rng = np.random.default_rng(1)
+        self.said = []
+        for row in rows:  # the policy is above the reference, so that the KL is not cut off
+            logps = rng.uniform(-9, -5, int((row.loss_weights > 0).sum()))
+            self.said.append(logps.astype(np.float32))
         self.examples = rows
         self.lengths = np.array([len(e.tokens) for e in rows], np.int32)
         self.trained = np.array([len(logps) for logps in self.said], np.int32)
@@ -92,23 +94,70 @@ def test_losses_of_a_micro_batch_are_the_same_in_any_rows(folder: Path) -> None:
     assert_same(step(folder, (2, 4, 1), loss=loss), want)
 
 
-@pytest.mark.parametrize("made", [KTO, BCO])
-def test_losses_on_labelled_answers(folder: Path, made: Any) -> None:
+class Together(UnpairedLoss):
+    """Every loss on labelled answers, summed: statistics of their own, each one's value reported.
+    Those that need no twins pass over them."""
+
+    data: ClassVar[DataKind] = "twinned"
+    coupled: ClassVar[str] = "step"
+
+    def parts(self) -> dict[str, UnpairedLoss]:
+        settings = {"beta": 0.05, "desirable_weight": 1.5}
+        return {name: made.model_validate(settings) for name, made in UNPAIRED_LOSSES.items()}
+
+    def per_row(self, x: Any) -> Any:
+        raise AssertionError("its parts have one")
+
+    def statistic(self, outputs: TokenOutputs, batch: Batch) -> Statistic:
+        found: dict[str, Mean] = {}
+        for part in self.parts().values():
+            found |= part.statistic(outputs, batch) if isinstance(part, Coupled) else {}
+        return found
+
+    def __call__(
+        self, outputs: TokenOutputs, batch: Batch, statistic: Statistic | None = None
+    ) -> Terms:
+        given = {True: (statistic,), False: ()}
+        made = {
+            name: part(outputs, batch, *given[isinstance(part, Coupled)])
+            for name, part in self.parts().items()
+        }
+        metrics = {key: mean for terms in made.values() for key, mean in terms.metrics.items()}
+        for name, terms in made.items():
+            total = (terms.values * terms.weights).sum()
+            metrics[f"loss_parts/{name}"] = Mean(total, terms.weights.sum())
+        first, *others = made.values()
+        values = sum((terms.values for terms in others), first.values)
+        return Terms(values, first.weights, first.source_ids, metrics)
+
+
+def test_losses_on_labelled_answers(folder: Path) -> None:
     """What they know of the whole step is the same however many micro-batches it has."""
-    data = FakeLabelled(twinned=made().data == "twinned")
-    loss = made(beta=0.05, desirable_weight=1.5)
-    want = step(folder, (1, 1, 1), loss=loss, data=data, packing="none")
+    data = FakeLabelled()
+    want = step(folder, (1, 1, 1), loss=Together(), data=data, packing="none")
     assert want[0]["loss"].count == 2 * PAIRS
-    assert want[0]["kl" if made is KTO else "delta"].value != 0
-    for sizes, batch in LAYOUTS if made is KTO else LAYOUTS[1:]:
-        assert_same(step(folder, sizes, loss=loss, data=data, **batch), want)
+    assert len([name for name in want[0] if name.startswith("loss_parts/")]) == 3
+    assert 0 not in (want[0]["kl"].value, want[0]["delta"].value)
+    for sizes, batch in LAYOUTS:
+        assert_same(step(folder, sizes, loss=Together(), data=data, **batch), want)
 
 
 def test_evaluation_knows_the_whole_step_too(folder: Path) -> None:
-    data, loss = FakeLabelled(twinned=True), KTO(beta=0.05)
+    data, loss = FakeLabelled(), KTO(beta=0.05)
     want, _ = step(folder, (1, 1, 1), loss=loss, data=data, evaluate=True, live=True)
     again = {"accumulate": 3, "evaluate": True, "live": True}
     found, _ = step(folder, (1, 2, 1), loss=loss, data=data, **again)
     assert want["kl"].value > 0
     for name, value in want.items():
         np.testing.assert_allclose(found[name].total, value.total, rtol=1e-5, atol=1e-5)
+
+
+def test_what_accumulation_means_to_a_coupled_loss_is_said() -> None:
+    def said(loss: str, accumulate: int) -> list[str]:
+        batch = {"examples": 8, "accumulate": accumulate}
+        given = {"model": {"path": "m"}, "data": {"sources": {"a": {"path": "a"}}}, "batch": batch}
+        return coupling_lines(preference.Config.model_validate({**given, "loss": {"type": loss}}))
+
+    assert "micro-batch together: 4 micro-batches of 2 are not the loss" in said("aot", 4)[0]
+    assert "of the whole step: a forward pass over the step" in said("kto", 2)[0]
+    assert said("aot", 1) == said("kto", 1) == said("dpo", 4) == []
