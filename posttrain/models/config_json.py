@@ -264,6 +264,9 @@ def read_dense(
         switches["pattern"] = same_kind(fields, LayerKind())
     if "rope" not in switches:
         switches["rope"] = read_rope(fields)
+    experts = min((kind.experts for kind in switches["pattern"] if kind.experts), default=0)
+    if (chosen := switches.get("experts_chosen", 0)) > experts:
+        fields.note(f"num_experts_per_tok is {chosen}, of {experts} experts")
     vocab = fields.size("vocab_size")
     spec = Spec(
         family=str(fields.raw["model_type"]),

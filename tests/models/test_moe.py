@@ -233,3 +233,21 @@ def test_parameters_are_counted(tmp_path: Path) -> None:
     attention = 2 * 64 * 4 * 24 + 2 * 64 * 2 * 24 + 2 * 24 + 2 * 64
     mixture = 64 * 8 + 8 * 3 * 64 * 24
     assert spec.parameters == 2 * attention + 3 * 64 * 96 + mixture + 160 * 64 + 64
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "named"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1: only 0"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, of 4 experts"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0, expected a whole number"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0: it is not supported"),
+    ],
+)
+def test_other_mixtures_are_refused_by_name(
+    tmp_path: Path, name: str, fields: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        read_spec(write_config(tmp_path, name, **fields))

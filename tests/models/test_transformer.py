@@ -102,14 +102,16 @@ def test_every_remat_name_of_the_config_is_a_policy() -> None:
     assert set(get_args(RematName)) == set(REMAT)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_remat_keeps_what_it_says_and_no_weights(
-    tmp_path: Path, rows: tuple[np.ndarray, ...]
+    tmp_path: Path, name: str, rows: tuple[np.ndarray, ...]
 ) -> None:
-    """none: q, k, v, attention, its projection, gate and up of each token beside full's inputs;
-    attention: its result alone."""
+    """none: q, k, v, attention, its projection, gate and up of each token beside full's inputs, of
+    a mixture the router's logits and each chosen expert's gate, up and down; attention: its result
+    alone."""
     kept, spec = {}, None
     for remat in ("none", "full", "attention"):
-        model = open_tiny(tmp_path, "llama", mesh_of(1, 1, 1), remat=remat)
+        model = open_tiny(tmp_path, name, mesh_of(1, 1, 1), remat=remat)
         spec = model.spec
 
         def hidden(state: Any, graph: Any = model.graph) -> Any:
@@ -118,7 +120,10 @@ def test_remat_keeps_what_it_says_and_no_weights(
         backward = jax.eval_shape(lambda s, hidden=hidden: jax.vjp(hidden, s)[1], model.state)
         kept[remat] = sum(x.size for x in jax.tree.leaves(backward))
     assert spec is not None
-    widths = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim + spec.embed + 2 * spec.mlp
+    widths = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim + spec.embed
+    experts = spec.kinds[0].experts
+    mixture = experts + spec.experts_chosen * (2 * spec.expert_mlp + spec.embed)
+    widths += mixture if experts else 2 * spec.mlp
     assert kept["none"] - kept["full"] == spec.layers * rows[0].size * widths
     attention = spec.heads * spec.head_dim
     assert kept["attention"] - kept["full"] == spec.layers * rows[0].size * attention

@@ -98,7 +98,40 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_SHARED,
     },
     "olmo2": {"model_type": "olmo2", "rope_theta": 500000, "pad_token_id": 1, **_SHARED},
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.02,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        **_SHARED,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "decoder_sparse_step": 1,
+        "head_dim": 32,
+        "mlp_only_layers": [0],
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+        **_SHARED,
+    },
+    "olmoe": {
+        "model_type": "olmoe",
+        "clip_qkv": None,
+        "norm_topk_prob": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "pad_token_id": None,
+        "eos_token_id": 2,
+        **_SHARED,
+    },
 }
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
 
 
 def logits(model: hf.Model, tokens: np.ndarray) -> np.ndarray:
@@ -110,7 +143,11 @@ def logits(model: hf.Model, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("llama", (1, 1, 1)), *((name, (2, 2, 2)) for name in CONFIGS)]
+    ("name", "shape"),  # data, fsdp, tensor, expert
+    [
+        ("llama", (1, 1, 1, 1)),
+        *((name, (1, 2, 2, 2) if name in MIXTURES else (2, 2, 2, 1)) for name in CONFIGS),
+    ],
 )
 def test_transformers_opens_what_we_save(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     """Two added tokens and padding rows here; several files; new rows are part of the logits."""
@@ -118,9 +155,9 @@ def test_transformers_opens_what_we_save(tmp_path: Path, name: str, shape: tuple
     import transformers
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
-    data, fsdp, tensor = shape
-    mesh_cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    mesh = make_mesh(mesh_cfg, jax.devices()[: data * fsdp * tensor])
+    data, fsdp, tensor, expert = shape
+    mesh_cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, expert=expert)
+    mesh = make_mesh(mesh_cfg, jax.devices()[: data * fsdp * tensor * expert])
     cfg = ModelConfig(
         path=str(tmp_path), random_init=True, dtype="float32", remat="none", vocab_multiple=64
     )

@@ -16,8 +16,7 @@ from posttrain.models.hf import open_model
 from posttrain.models.spec import ModelConfig
 from posttrain.sampling import engine
 from posttrain.sampling.engine import Completion, Engine
-from posttrain.sharding import MeshConfig, make_mesh
-from tests.models.tiny import open_tiny
+from tests.models.tiny import mesh_of, open_tiny
 
 CONFIG = {
     "model_type": "qwen3",
@@ -33,11 +32,6 @@ CONFIG = {
     "initializer_range": 0.3,
 }
 PROMPTS = [[5], [17, 3, 80, 2, 9], list(range(20, 60))]
-
-
-def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    return make_mesh(cfg, jax.devices()[: data * fsdp * tensor])
 
 
 def network(folder: Path, mesh: jax.sharding.Mesh, **options: Any) -> Any:
@@ -96,10 +90,15 @@ def test_log_probs_equal_a_full_forward_pass(model: Any, temperature: float) -> 
         np.testing.assert_allclose(found.logps, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
-def test_windows_caps_and_ropes_hold_in_decoding(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"),  # data, fsdp, tensor, expert
+    [("gemma2", (1, 1, 1, 1)), ("gemma3_text", (1, 1, 1, 1)), ("mixtral", (1, 2, 1, 2))],
+)
+def test_windows_caps_ropes_and_experts_hold_in_decoding(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
     """Prompts and texts longer than the window of 5, on either side of it."""
-    opened = open_tiny(tmp_path, name, mesh_of(1, 1, 1))
+    opened = open_tiny(tmp_path, name, mesh_of(*shape))
     model = nnx.merge(opened.graph, opened.state)
     prompts = [[7, 3], list(range(20))]
     for prompt, found in zip(
