@@ -1,4 +1,7 @@
-"""`posttrain preference` on labelled answers, whole: KTO against TRL's figures, and resumed."""
+"""`posttrain preference` on labelled answers, whole: KTO against TRL's figures.
+
+That the layout of a step changes nothing: tests/train/test_step_losses.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.jobs.runs import Finished, Runner, mesh_keys, relative
+from tests.jobs.runs import Finished, Runner, relative
 
 STEPS = "train.steps=10"
 
@@ -59,27 +62,20 @@ def test_ten_steps_equal_trl(cached: Finished, data_dir: Path) -> None:
     assert (series(cached, "examples") == 8).all()
 
 
-def test_layout_and_reference_change_nothing(
-    run_preference: Runner, kto_keys: list[str], cached: Finished
-) -> None:
-    """Accumulation neither, whose micro-batches share one KL. (Of a step's gradients:
-    tests/train/test_step_losses.py.)"""
-    keys = ["batch.accumulate=4", "reference=live", "export=false", *mesh_keys(1, 2, 1)]
-    run = run_preference(*kto_keys, "train.steps=4", *keys, devices=2)
-    assert len(run.losses) == 4
-    assert relative(run.losses, cached.losses[:4]) < 1e-5
-    assert relative(series(run, "grad_norm"), series(cached, "grad_norm")[:4]) < 1e-4
-    np.testing.assert_allclose(series(run, "kl"), series(cached, "kl")[:4], rtol=1e-4, atol=1e-5)
-
-
 def test_a_loss_without_twins_runs_and_evaluates(
     run_preference: Runner, tiny_pairs: list[str], data_dir: Path
 ) -> None:
-    """On pairs too, read as labelled answers."""
+    """On pairs, read as labelled answers, in two micro-batches."""
     golden = data_dir / "golden"
     keys = [*tiny_pairs, f"data.sources.prefs.path={golden}/prefs.jsonl", "loss.type=bco"]
     keys += [f"eval.sets.held={{path: {golden}/kto.jsonl, limit: 8}}", "eval.samples=1"]
-    keys += ["eval.max_new_tokens=2", "batch.examples=4", "train.steps=2", "export=false"]
+    keys += [
+        "eval.max_new_tokens=2",
+        "batch.examples=4",
+        "batch.accumulate=2",
+        "train.steps=2",
+        "export=false",
+    ]
     run = run_preference(*keys, devices=1)
     assert len(run.metrics) == 2
     lines = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text().splitlines()]
