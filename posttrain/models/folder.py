@@ -38,8 +38,9 @@ def local_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    copies = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=copies))
     except Exception as e:
         raise ValueError(
             f"model path {path!r}: no such folder here, and the hub did not give it: "
@@ -107,8 +108,10 @@ class Tensors:
 
     def __init__(self, folder: Path, *, images: bool = False):
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
+        index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if one.is_file():
+            files = [one]
+        elif index.is_file():
             names = set(read_json(index).get("weight_map", {}).values())
             files = [folder / Path(name).name for name in sorted(names)]
         else:

@@ -287,6 +287,15 @@ def test_files_cut_short_or_of_another_kind_are_named(saved: Any, tmp_path: Path
             hf.open_model(config(tmp_path), mesh_of(*ONE))
 
 
+def test_a_whole_model_comes_before_other_files_beside_it(saved: Any, tmp_path: Path) -> None:
+    """An adapter, or the same weights under other names; transformers does so too."""
+    _, folder, model = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    save_file({"tok_embeddings.weight": np.zeros((2, 2))}, tmp_path / "consolidated.safetensors")
+    found = values(hf.open_model(config(tmp_path), mesh_of(*ONE)))
+    assert all((found[path] == array).all() for path, array in values(model).items())
+
+
 def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no such folder, and not a hub id"):
         local_folder("some/where/else")
