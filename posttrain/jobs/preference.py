@@ -79,6 +79,11 @@ class Config(Section):
                 "reference_sync: what reference: cached holds is said by a reference that stays as "
                 "it is: set reference: live, or leave reference_sync out"
             )
+        if self.lora is not None and self.reference_sync.mixup < 1:
+            raise ValueError(
+                "reference_sync.mixup: adapters are trained: a mean of their factors is not the "
+                "adapter of the mean. Set mixup: 1 (the reference becomes the policy)"
+            )
         return self
 
 

@@ -149,7 +149,7 @@ def _train(
     keep_frozen(cfg.run_dir, frozen)
     state = new_state(trained, tx)
     if sync is not None:
-        state = with_reference(state, sync)
+        state = with_reference(state)
     known = (model.params, starting() if starting.cache_info().currsize else None)
     if resuming:
         layout = abstract(state)

@@ -17,24 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from posttrain.config import ConfigError
-from posttrain.models.lora import is_adapter
-from posttrain.models.nested import flat
 from posttrain.train.config import ReferenceSync
 from posttrain.train.state import TrainState
 
 
-def with_reference(state: TrainState, cfg: ReferenceSync) -> TrainState:
-    """The state with a copy of its parameters as the first reference.
-
-    ConfigError where adapters are to be mixed by parts.
-    """
-    if cfg.mixup < 1 and any(is_adapter(path) for path, _ in flat(state.params)):
-        raise ConfigError(
-            f"reference_sync.mixup is {cfg.mixup:g}, and adapters are trained: a mean of their "
-            "factors is not the adapter of the mean. Set reference_sync.mixup=1 (the reference "
-            "becomes the policy), or train without adapters"
-        )
+def with_reference(state: TrainState) -> TrainState:
+    """The state with a copy of its parameters as the first reference."""
     layout = jax.tree.map(lambda p: p.sharding, state.params)
     copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=layout)
     return dataclasses.replace(state, reference=copy(state.params))
