@@ -54,7 +54,8 @@ class Dropout:
 
 def set_dropout(layer: nnx.Module, dropout: Dropout, number: Any) -> None:
     """Gives the modules of layer `number` that have adapters their randomness, for one pass."""
-    for _, module in nnx.iter_modules(layer):
+    modules: list[Any] = [module for _, module in nnx.iter_modules(layer)]
+    for module in modules:
         if hasattr(module, "adapter"):
             module.dropout, module.number = dropout, number
 

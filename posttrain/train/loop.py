@@ -100,6 +100,8 @@ class Run:
     """Whether there is one in the state instead."""
     frozen: Any
     """The parameters that are not trained."""
+    adapters: bool
+    """Whether the model is among these, and adapters are trained."""
     source: OfflineSource
     size: Callable[[int], StepSize]
     total_steps: int
@@ -215,7 +217,9 @@ class _Reporter:
         }
         if self._steps:  # the first step's time is mostly compilation: it gives no rate
             live = run.reference is not None or run.synced
-            flops = train_flops(run.spec, size, live_reference=live) / seconds
+            flops = (
+                train_flops(run.spec, size, live_reference=live, adapters=run.adapters) / seconds
+            )
             flat |= {
                 "examples_per_second": size.examples / seconds,
                 "tokens_per_second": size.tokens / seconds,

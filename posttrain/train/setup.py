@@ -181,6 +181,7 @@ def _train(
         reference=references.live,
         synced=sync is not None,
         frozen=frozen,
+        adapters=model.lora is not None,
         source=source,
         size=lambda k: step_size(plan, k),
         total_steps=plan.steps,

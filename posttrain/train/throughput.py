@@ -5,9 +5,10 @@ layers' matrices once per non-padding token (of a mixture the router and the exp
 sent to), the vocabulary head once per TRAINED token (it runs on no other; a reward model has none).
 Attention is causal and within its segment: a segment of n tokens has n (n + 1) / 2 query-key pairs,
 less those before the window in layers that have one, each 2 matmuls of 2 * heads * head_dim FLOPs
-forward, three times that in training. A live reference adds a forward pass of all of it. Padding,
-rematerialisation and the optimiser count nothing, nor do passes for what a loss must know of a
-step's other micro-batches.
+forward, three times that in training. Where adapters alone are trained the model's weights get no
+gradient, and their matmuls are 4 FLOPs (2 forward, 2 backward); the adapters' own count nothing. A
+live reference adds a forward pass of all of it. Padding, rematerialisation and the optimiser count
+nothing, nor do passes for what a loss must know of a step's other micro-batches.
 """
 
 from __future__ import annotations
@@ -57,15 +58,17 @@ class StepSize:
         return int((n * (n + 1) - beyond * (beyond + 1)).sum()) // 2
 
 
-def train_flops(spec: Spec, size: StepSize, *, live_reference: bool = False) -> float:
+def train_flops(
+    spec: Spec, size: StepSize, *, live_reference: bool = False, adapters: bool = False
+) -> float:
     """FLOPs of one optimiser step by CONVENTION."""
     width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     attended = spec.layers * (2 * width + 2 * kv_width)
     mixed = 3 * spec.experts_chosen * spec.expert_mlp
     mlps = sum(mixed + kind.experts if kind.experts else 3 * spec.mlp for kind in spec.kinds)
-    matmuls = 6 * spec.embed * (attended + mlps) * size.tokens
-    head = 6 * spec.embed * spec.vocab_size * size.trained if spec.head == "lm" else 0
+    matmuls = 2 * spec.embed * (attended + mlps) * size.tokens
+    matmuls += 2 * spec.embed * spec.vocab_size * size.trained if spec.head == "lm" else 0
     seen = {window: size.keys_seen(window) for window in {kind.window for kind in spec.kinds}}
-    attention = 12 * width * sum(seen[kind.window] for kind in spec.kinds)
-    forward_and_backward = float(matmuls + head + attention)
-    return forward_and_backward * (4 / 3 if live_reference else 1)
+    attention = 4 * width * sum(seen[kind.window] for kind in spec.kinds)
+    passes = 1 if live_reference else 0
+    return float(matmuls * (passes + (2 if adapters else 3)) + attention * (passes + 3))

@@ -41,6 +41,13 @@ def test_train_flops_count_three_times_the_forward_matmuls() -> None:
     )
     assert train_flops(SPEC, size) == 3 * forward_flops(segments, trained)
     assert train_flops(SPEC, size, live_reference=True) == 4 * forward_flops(segments, trained)
+    # of adapters: no gradients of the model's matrices; attention has none
+    narrow = dataclasses.replace(SPEC, pattern=(LayerKind(window=0),))  # no attention at all
+    matmuls = train_flops(narrow, size) / 3
+    gradients = train_flops(SPEC, size) - train_flops(SPEC, size, adapters=True)
+    assert gradients == matmuls
+    with_reference = train_flops(SPEC, size, live_reference=True, adapters=True)
+    assert with_reference == 4 * forward_flops(segments, trained) - matmuls
 
 
 def test_keys_before_a_window_count_nothing() -> None:
