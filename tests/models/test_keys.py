@@ -1,4 +1,4 @@
-"""Which tensor is which parameter: stacks of layers, fused tensors, experts, there and back."""
+"""Which tensor is which parameter: stacks of layers and fused tensors, there and back."""
 
 from __future__ import annotations
 
