@@ -20,7 +20,6 @@ from posttrain.config import ConfigError, plain_dict
 from posttrain.data.cache import Cache
 from posttrain.data.plan import Plan
 from posttrain.losses.base import PreferenceLoss
-from posttrain.losses.base import PreferenceLoss
 from posttrain.metrics import Writer
 from posttrain.models.nested import join
 from posttrain.models.spec import HeadName
@@ -232,7 +231,6 @@ def _say(
         plan.describe(),
         _head_line(model, plan),
         *coupling_lines(cfg),
-        *coupling_lines(cfg),
         *(f"learning rate: {warning}" for warning in _rate_warnings(cfg, plan)),
         f"{'continuing at' if start else 'starting at'} step {start}, "
         f"{time.monotonic() - began:.1f} s after the start",
@@ -257,21 +255,6 @@ def _rate_warnings(cfg: Any, plan: Plan) -> list[str]:
             "times as much"
         )
     return found
-
-
-def coupling_lines(cfg: Any) -> list[str]:
-    """What several micro-batches mean to a loss that couples their examples."""
-    parts = cfg.batch.accumulate
-    if parts == 1 or not isinstance(cfg.loss, PreferenceLoss) or not cfg.loss.coupled:
-        return []
-    if cfg.loss.coupled == "step":
-        said = f"a forward pass over the step comes before its {parts} micro-batches"
-        return [f"loss: what couples its examples is of the whole step: {said}"]
-    of_all = cfg.batch.examples
-    return [
-        f"loss: a term is of the examples of its micro-batch together: {parts} micro-batches of "
-        f"{of_all / parts:g} are not the loss of one of {of_all}"
-    ]
 
 
 def coupling_lines(cfg: Any) -> list[str]:
