@@ -108,9 +108,10 @@ def run(cfg: Config) -> int:
 
 def _of_folder(cfg: Config, mesh: Any) -> _Source:
     from posttrain.chat.tokenizer import Tokenizer
-    from posttrain.models import hf, peft, read_spec
+    from posttrain.models import hf, read_spec
     from posttrain.models.config_json import read_json
     from posttrain.models.folder import local_folder
+    from posttrain.models.peft_config import is_scorer
 
     folder = local_folder(cfg.source)
     raw = read_json(folder / "config.json")
@@ -129,7 +130,7 @@ def _of_folder(cfg: Config, mesh: Any) -> _Source:
     rows = -(-rows // cfg.vocab_multiple) * cfg.vocab_multiple
     options: dict[str, Any] = {"param_dtype": dtype, "dtype": dtype, "vocab_multiple": 1}
     adapter = local_folder(cfg.adapter) if cfg.adapter else None
-    scores = adapter is not None and peft.is_scorer(adapter)
+    scores = adapter is not None and is_scorer(adapter)
     model = hf.open_model(
         ModelConfig(path=str(folder), **options),
         mesh,
@@ -166,7 +167,7 @@ def _with_adapter(folder: Path, model: Any, mesh: Any, new_ids: range) -> tuple[
     paths = [path for path, *_ in adapters.linears(nnx.merge(model.graph, model.state))]
     lora = peft.read_config(folder, paths, model.spec)
     _, state = adapters.attach(model.graph, model.state, lora, mesh, new_ids=new_ids)
-    params, _ = peft.load(folder, model.spec, nnx.to_pure_dict(state), new_ids)
+    params, _ = peft.load(folder, model.spec, nnx.to_pure_dict(state), lora, new_ids)
     return adapters.merging(params, lora.adapter, new_ids, params["embedding"].dtype)
 
 

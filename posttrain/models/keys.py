@@ -106,10 +106,11 @@ def file_names(path: str, spec: Spec) -> Iterator[tuple[tuple[int, ...], str]]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies in its tensors: as the rows from `first` on, of `tensor`'s shape."""
+    """Where a parameter lies in its tensors: `rows` rows from `first` on, of `tensor`'s shape."""
 
     key: Key
     first: int
+    rows: int
     tensor: tuple[int, ...]
 
 
@@ -130,7 +131,7 @@ def places(shapes: Mapping[str, Sequence[int]], spec: Spec, vocab: int) -> dict[
         tensor = (sum(shape[0] for shape in own), *own[0][1:])
         first = 0
         for path, key, shape in zip(paths, keys, own, strict=True):
-            found[path] = Place(key, first, tensor)
+            found[path] = Place(key, first, shape[0], tensor)
             first += shape[0]
     return found
 

@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, out and in.
 
-Of each layer our A [L, in.., R] is PEFT's lora_A [R, in], our B [L, R, out..] its lora_B [out, R].
+Of each layer our A [L, in.., R] is PEFT's lora_A [R, in], our B [L, R, out..] its lora_B [out, R];
+several parameters of one tensor share one adapter there (models/fused.py).
 Parameters that are trained whole beside the adapters are PEFT's `modules_to_save`, rows of new
 tokens its `trainable_token_indices` (or rows of the table, where that is trained whole).
 """
@@ -8,7 +9,7 @@ tokens its `trainable_token_indices` (or rows of the table, where that is traine
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from posttrain.config import ConfigError
-from posttrain.models import stream
+from posttrain.models import fused, stream
 from posttrain.models.config_json import read_json
 from posttrain.models.folder import Tensors
+from posttrain.models.fused import Group
 from posttrain.models.keys import (
     KEYS,
     Place,
@@ -33,46 +35,26 @@ from posttrain.models.keys import (
 )
 from posttrain.models.lora import LoraConfig, is_adapter
 from posttrain.models.nested import Rule, flat, nested
+from posttrain.models.peft_config import CONFIG, fields
 from posttrain.models.quantized import is_quantized
 from posttrain.models.spec import Spec
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _DELTA = "trainable_tokens_delta"
+_A, _B = "_lora_a", "_lora_b"
 _HEAD = _PREFIX + KEYS["head"].name
-# Fields of adapter_config.json that change what an adapter computes: the values we compute.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    # others take the base model apart, or weights away from it
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-    "alora_invocation_tokens": (None,),
-    "use_qalora": (False, None),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-}
 
 
-def _base(path: str) -> tuple[str, str]:
-    """(path of the weight, lora_A or lora_B) of an adapter's leaf."""
-    base, _, side = path.rpartition("_lora_")
-    return base, f"lora_{side.upper()}"
+def _names(module: str) -> tuple[str, str]:
+    """The tensors of a module's adapter in PEFT's file: lora_A and lora_B."""
+    at = _PREFIX + module.removesuffix(".weight")
+    return f"{at}.lora_A.weight", f"{at}.lora_B.weight"
 
 
-def _names(path: str, spec: Spec) -> Iterator[tuple[tuple[int, ...], str]]:
-    """(index in the stack, tensor name in PEFT's file) of an adapter's leaf."""
-    base, side = _base(path)
-    for i, name in file_names(base, spec):
-        yield i, f"{_PREFIX}{name.removesuffix('.weight')}.{side}.weight"
+def _adapted(leaves: Iterable[str]) -> list[str]:
+    """The parameters that have adapters among these."""
+    return [path.removesuffix(_A) for path in leaves if path.endswith(_A)]
 
 
 def _rows_name(path: str) -> str:
@@ -80,50 +62,52 @@ def _rows_name(path: str) -> str:
     return f"{_PREFIX}{table}.token_adapter.{_DELTA}"
 
 
-def _is_a(path: str) -> bool:
-    return path.endswith("_lora_a")
+def _placed(leaves: Mapping[str, Any], spec: Spec) -> dict[str, Place]:
+    """Where the base model's parameters lie in its files."""
+    shapes = {path: leaf.shape for path, leaf in leaves.items() if not is_adapter(path)}
+    return places(shapes, spec, spec.vocab_size)
 
 
 def unsaved(params: Any, spec: Spec, trained: Rule) -> list[str]:
-    """The trained parameters that PEFT's format has no place for: biases, parts of tensors."""
-    paths = [path for path, _ in flat(params)]
-    bases = [path for path in paths if not is_adapter(path)]
-    names = [name for path in bases for _, name in file_names(path, spec)]
-    found = []
-    for path in filter(trained, paths):
-        if path.endswith("_new"):
-            continue
-        base = _base(path)[0] if is_adapter(path) else path
-        own = [name for _, name in file_names(base, spec)]
-        if not own[0].endswith(".weight") or names.count(own[0]) > 1:
-            found.append(base)
-    return sorted(set(found))
+    """What is trained whole, and has no place in PEFT's format: biases, parts of tensors."""
+    leaves = dict(flat(params))
+    placed = _placed(leaves, spec)
+
+    def lost(path: str) -> bool:
+        part = placed[path].tensor[0] != placed[path].rows
+        return part or not key_of(path, spec).name.endswith(".weight")
+
+    return sorted(path for path in filter(trained, placed) if lost(path))
 
 
 def save(
-    folder: Path, spec: Spec, trained: Any, cfg: LoraConfig, *, base: str, new_ids: range,
-    task: str = "CAUSAL_LM",
+    folder: Path, spec: Spec, params: Any, trained: Rule, cfg: LoraConfig, *, base: str,
+    new_ids: range, task: str = "CAUSAL_LM",
 ) -> None:  # fmt: skip
     """Writes what a run with adapters trained. Every process must call it; process 0 writes.
 
-    trained: nested dict of the trained parameters. base: the model they belong to, as PEFT's
+    params: nested dict of all parameters. base: the model they belong to, as PEFT's
     base_model_name_or_path; where tokens were added, its embeddings are to be resized first.
     """
-    leaves, rank = dict(flat(trained)), cfg.rank
+    everything = dict(flat(params))
+    leaves = {path: array for path, array in everything.items() if trained(path)}
+    found = fused.groups(_adapted(leaves), _placed(everything, spec), spec)
     tensors: dict[str, np.ndarray] = {}
     modules: set[str] = set()
     own_rows = [path for path in leaves if path.endswith("_new") and path[:-4] not in leaves]
+    for group in found:
+        pairs = [[stream.whole(leaves[path + end]) for end in (_A, _B)] for path in group.paths]
+        for at, name in file_names(group.paths[0], spec):
+            a, b = group.join(
+                [a[at].reshape(-1, cfg.rank).T for a, _ in pairs],
+                [b[at].reshape(cfg.rank, -1).T for _, b in pairs],
+            )
+            tensors |= dict(zip(_names(name), (a, b), strict=True))
     for path, array in leaves.items():
-        whole = stream.whole(array)
         if path in own_rows:
-            tensors[_rows_name(path)] = whole
-        elif path.endswith("_new"):
-            continue
-        elif is_adapter(path):
-            for at, name in _names(path, spec):
-                one = whole[at].reshape((-1, rank) if _is_a(path) else (rank, -1))
-                tensors[name] = one.T
-        else:
+            tensors[_rows_name(path)] = stream.whole(array)
+        elif not is_adapter(path):
+            whole = stream.whole(array)
             for at, name in file_names(path, spec):
                 key = key_of(path)
                 one = to_file(key, whole[at])
@@ -150,7 +134,8 @@ def save(
         "lora_alpha": cfg.alpha,
         "lora_dropout": cfg.dropout,
         "use_rslora": cfg.rslora,
-        "target_modules": _targets([p for p in leaves if _is_a(p)], spec),
+        "target_modules": _targets(found, spec),
+        **fused.patterns(found, spec, cfg),
         "modules_to_save": sorted(modules) or None,
         "trainable_token_indices": rows or None,
         "ensure_weight_tying": tied,
@@ -162,45 +147,16 @@ def save(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _targets(paths: list[str], spec: Spec) -> list[str]:
+def _targets(found: Iterable[Group], spec: Spec) -> list[str]:
     """Modules by their last name where all layers have an adapter there, else in full."""
     modules = [
         name.removesuffix(".weight")
-        for path in paths
-        for _, name in file_names(_base(path)[0], spec)
+        for group in found
+        for _, name in file_names(group.paths[0], spec)
     ]
     last = [module.rpartition(".")[2] for module in modules]
     whole = {name for name in last if last.count(name) == spec.layers}
     return sorted({n if n in whole else m for m, n in zip(modules, last, strict=True)})
-
-
-def _fields(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """adapter_config.json, and what in it is not computed here."""
-    file = folder / CONFIG
-    raw = read_json(file)
-    wrong = [
-        f"{file}: {name} is {json.dumps(raw[name])}: only {json.dumps(allowed[0])} is supported"
-        for name, allowed in _ONLY.items()
-        if name in raw and raw[name] not in allowed
-    ]
-    return raw, wrong
-
-
-def is_scorer(folder: Path) -> bool:
-    """Whether an adapter folder belongs to a sequence classifier."""
-    return read_json(folder / CONFIG).get("task_type") == "SEQ_CLS"
-
-
-def check_config(folder: Path, cfg: LoraConfig) -> None:
-    """ConfigError where an adapter folder is none of ours, or not the one that `lora` describes."""
-    raw, wrong = _fields(folder)
-    for theirs, ours in {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}.items():
-        found, asked = raw.get(theirs, False), getattr(cfg, ours)
-        if found != asked:
-            at = folder / CONFIG
-            wrong.append(f"lora.{ours} is {asked}, {theirs} in {at} is {found}: set it so")
-    if wrong:
-        raise ConfigError("\n    ".join(wrong))
 
 
 def read_config(folder: Path, paths: Sequence[str], spec: Spec) -> LoraConfig:
@@ -208,11 +164,15 @@ def read_config(folder: Path, paths: Sequence[str], spec: Spec) -> LoraConfig:
 
     Raises ConfigError naming the fields that are not computed here.
     """
-    raw, wrong = _fields(folder)
+    raw, wrong = fields(folder)
     if wrong:
         raise ConfigError("\n    ".join(wrong))
     tensors = Tensors(folder)
-    targets = [p for p in paths if any(name in tensors for _, name in _names(p + "_lora_a", spec))]
+    targets = [
+        path
+        for path in paths
+        if any(_names(name)[0] in tensors for _, name in file_names(path, spec))
+    ]
     if not targets:
         raise ValueError(f"{folder / WEIGHTS}: no adapter of a matrix of this model")
     return LoraConfig(
@@ -223,7 +183,9 @@ def read_config(folder: Path, paths: Sequence[str], spec: Spec) -> LoraConfig:
     )
 
 
-def load(folder: Path, spec: Spec, params: Any, new_ids: range) -> tuple[dict[str, Any], list[str]]:
+def load(
+    folder: Path, spec: Spec, params: Any, cfg: LoraConfig, new_ids: range
+) -> tuple[dict[str, Any], list[str]]:
     """(params with a folder's values in them, the paths of those that it holds whole).
 
     Of params, a nested dict which may be abstract where there are adapters, shapes and shardings
@@ -231,35 +193,40 @@ def load(folder: Path, spec: Spec, params: Any, new_ids: range) -> tuple[dict[st
     """
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder}: no {WEIGHTS}; a PEFT adapter saved as pickle is not read")
-    tensors, leaves = Tensors(folder), dict(flat(params))
-    shapes = {path: leaf.shape for path, leaf in leaves.items() if not is_adapter(path)}
-    placed = places(shapes, spec, spec.vocab_size)
+    tensors, leaves, raw = Tensors(folder), dict(flat(params)), read_json(folder / CONFIG)
+    placed = _placed(leaves, spec)
+    found = fused.groups(_adapted(leaves), placed, spec)
     whole = [
         path
         for path in placed
         if any(_PREFIX + name in tensors for _, name in file_names(path, spec))
     ]
-    wrong, expected = _unfit_rows(folder, leaves, new_ids), set()
-    for path, leaf in leaves.items():
-        if path in whole:
-            names = [_PREFIX + name for _, name in file_names(path, spec)]
-            want = placed[path].tensor
-            if is_quantized(leaf):
-                wrong.append(f"{names[0]}: trained whole, and lora.quantize keeps it in few bits")
-        elif not is_adapter(path) or (path.endswith("_new") and path[:-4] in whole):
-            continue
-        elif path.endswith("_new"):
-            names, want = [_rows_name(path)], leaf.shape
-        else:
-            names, want = [name for _, name in _names(path, spec)], _file_shape(path, leaf.shape)
-        expected |= set(names)
-        for name in names:
-            if name not in tensors:
-                wrong.append(f"missing: {name} {list(want)}")
-            elif tensors.shape(name) != tuple(want):
-                wrong.append(
-                    f"wrong shape: {name} is {list(tensors.shape(name))}, not {list(want)}"
-                )
+    own_rows = [path for path in leaves if path.endswith("_new") and path[:-4] not in whole]
+    wrong, expected = _unfit_rows(raw, leaves, new_ids), set()
+    joined = {name: raw.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    if any(joined.values()) and joined != fused.patterns(found, spec, cfg):
+        wrong.append(f"rank_pattern and alpha_pattern of {CONFIG}: ranks by matrix")
+
+    def expect(name: str, want: tuple[int, ...]) -> None:
+        expected.add(name)
+        if name not in tensors:
+            wrong.append(f"missing: {name} {list(want)}")
+        elif tensors.shape(name) != tuple(want):
+            wrong.append(f"wrong shape: {name} is {list(tensors.shape(name))}, not {list(want)}")
+
+    for group in found:
+        rank = cfg.rank * (len(group.paths) if joined["rank_pattern"] else 1)
+        for _, name in file_names(group.paths[0], spec):
+            a, b = _names(name)
+            expect(a, (rank, placed[group.paths[0]].tensor[1]))
+            expect(b, (group.rows, rank))
+    for path in own_rows:
+        expect(_rows_name(path), leaves[path].shape)
+    for path in whole:
+        if is_quantized(leaves[path]):
+            wrong.append(f"{path}: trained whole, and lora.quantize keeps it in few bits")
+        for _, name in file_names(path, spec):
+            expect(_PREFIX + name, placed[path].tensor)
     if spec.tied and "embedding" in whole:
         expected.add(_HEAD)
         if _HEAD not in tensors or not tensors.equal(_HEAD, _PREFIX + KEYS["embedding"].name):
@@ -270,33 +237,47 @@ def load(folder: Path, spec: Spec, params: Any, new_ids: range) -> tuple[dict[st
             f"{folder / WEIGHTS}: {len(wrong)} tensors do not fit the model and the section lora "
             "(targets, rank; of tokens that were added, model.new_tokens):\n  " + "\n  ".join(wrong)
         )
+    values = {p: _whole(tensors, p, leaves[p].shape, placed[p], spec) for p in whole}
+    for group in found:
+        values |= _cut(tensors, group, spec, cfg.rank)
+    for path in leaves:
+        if path in own_rows:
+            values[path] = tensors.read(_rows_name(path), _ALL)
+        elif path.endswith("_new"):
+            name = _PREFIX + key_of(path[:-4], spec).name
+            values[path] = tensors.read(name, (slice(new_ids.start, new_ids.stop), slice(None)))
 
-    def values(path: str, leaf: Any) -> np.ndarray:
-        if path in whole:
-            return _whole(tensors, path, leaf.shape, placed[path], spec)
-        if not path.endswith("_new"):
-            parts = [tensors.read(name, _ALL).T for _, name in _names(path, spec)]
-            return np.stack(parts).reshape(leaf.shape)
-        if path[:-4] not in whole:
-            return tensors.read(_rows_name(path), _ALL)
-        name = _PREFIX + key_of(path[:-4], spec).name
-        return tensors.read(name, (slice(new_ids.start, new_ids.stop), slice(None)))
-
-    def read(path: str, leaf: Any) -> Any:
-        if path not in whole and not is_adapter(path):
+    def place(path: str, leaf: Any) -> Any:
+        if path not in values:
             return leaf
-        array = values(path, leaf).astype(leaf.dtype)
+        array = values.pop(path).reshape(leaf.shape).astype(leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
-    return nested((path, read(path, leaf)) for path, leaf in leaves.items()), whole
+    return nested((path, place(path, leaf)) for path, leaf in leaves.items()), whole
+
+
+def _cut(tensors: Tensors, group: Group, spec: Spec, rank: int) -> dict[str, np.ndarray]:
+    """The adapters of a group's parameters, [L, in, R] and [L, R, out]."""
+    layers = []
+    for _, name in file_names(group.paths[0], spec):
+        try:
+            a, b = (tensors.read(side, _ALL) for side in _names(name))
+            layers.append(group.cut(a, b, rank))
+        except ValueError as error:
+            raise ValueError(f"{tensors.folder / WEIGHTS}: {name}: {error}") from error
+    found = {}
+    for i, path in enumerate(group.paths):
+        for side, end in enumerate((_A, _B)):
+            found[path + end] = np.stack([layer[i][side].T for layer in layers])
+    return found
 
 
 _ALL = (slice(None), slice(None))
 
 
-def _unfit_rows(folder: Path, leaves: dict[str, Any], new_ids: range) -> list[str]:
+def _unfit_rows(raw: dict[str, Any], leaves: dict[str, Any], new_ids: range) -> list[str]:
     """What is wrong with the ids of the tokens that have rows of their own."""
-    found = read_json(folder / CONFIG).get("trainable_token_indices") or []
+    found = raw.get("trainable_token_indices") or []
     groups = found.values() if isinstance(found, dict) else [found]
     if "embedding_new" in leaves and all(list(ids) == list(new_ids) for ids in groups):
         return []
@@ -319,9 +300,3 @@ def _whole(
         piece = tensors.read(_PREFIX + name, file_slices(place, own, index))
         array[at][index] = from_file(key, piece, own)
     return array
-
-
-def _file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    if _is_a(path):
-        return shape[-1], int(np.prod(shape[1:-1]))
-    return int(np.prod(shape[2:])), shape[1]

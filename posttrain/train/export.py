@@ -52,13 +52,14 @@ def save_adapter(cfg: Any, model: Model, plan: Plan, trained: Any, frozen: Any) 
     """<run_dir>/adapter: what a run with adapters trained, alone, in PEFT's format."""
     assert model.lora is not None
     folder = Path(cfg.run_dir) / "adapter"
-    if lost := peft.unsaved(join(trained, frozen), model.spec, dict(flat(trained)).__contains__):
+    params, rule = join(trained, frozen), dict(flat(trained)).__contains__
+    if lost := peft.unsaved(params, model.spec, rule):
         if is_primary():
             names = ", ".join(lost)
             print(f"no adapter saved: PEFT's format has no place for {names}", flush=True)
         return
     peft.save(
-        folder, model.spec, trained, model.lora, base=cfg.model.path, new_ids=model.new_ids,
+        folder, model.spec, params, rule, model.lora, base=cfg.model.path, new_ids=model.new_ids,
         task="SEQ_CLS" if model.spec.head == "score" else "CAUSAL_LM",
     )  # fmt: skip
     if is_primary():

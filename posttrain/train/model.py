@@ -14,6 +14,7 @@ from posttrain.chat.template import ChatTemplate
 from posttrain.chat.tokenizer import Tokenizer
 from posttrain.models import adapters, hf, peft
 from posttrain.models.lora import LoraConfig
+from posttrain.models.peft_config import check_config
 from posttrain.models.spec import HeadName, Spec
 
 
@@ -57,7 +58,7 @@ def open_model(
     those of lora.path or fresh ones by `seed`.
     """
     if lora and lora.path:
-        peft.check_config(hf.local_folder(lora.path), lora)
+        check_config(hf.local_folder(lora.path), lora)
     folder = hf.local_folder(cfg.model.path)
     tokenizer = Tokenizer.load(folder)
     size = tokenizer.size
@@ -79,7 +80,7 @@ def open_model(
         graph, state = adapters.adapt(graph, state, lora, mesh, seed=seed, new_ids=new_ids)
     params, whole = nnx.to_pure_dict(state), []
     if lora and lora.path:
-        params, whole = peft.load(hf.local_folder(lora.path), loaded.spec, params, new_ids)
+        params, whole = peft.load(hf.local_folder(lora.path), loaded.spec, params, lora, new_ids)
     return Model(
         folder, loaded.spec, graph, params, tokenizer, chat, loaded.new_head, lora, new_ids,
         tuple(whole),

@@ -15,7 +15,8 @@ from posttrain.models import peft as ours
 from posttrain.models.adapters import attach
 from posttrain.models.hf import open_model
 from posttrain.models.lora import LoraConfig, is_adapter
-from posttrain.models.nested import flat, nested, split
+from posttrain.models.nested import flat, nested
+from posttrain.models.peft_config import check_config
 from posttrain.models.spec import ModelConfig
 from tests.models.tiny import mesh_of
 
@@ -33,6 +34,7 @@ _SHAPE = {
 }
 TOKENS = np.random.default_rng(0).integers(0, 213, (3, 20)).astype(np.int32)
 CASES = {
+    "phi3": ("Phi3Config", {"pad_token_id": 0}, {"targets": ("*",), "rank": 3, "alpha": 6.0}),
     "llama": ("LlamaConfig", {}, {"targets": ("attention/*", "mlp/*"), "rank": 5, "alpha": 12.0}),
     "qwen3": (
         "Qwen3Config",
@@ -97,7 +99,7 @@ def test_an_adapter_that_peft_wrote_says_here_what_it_says_there(case: Any, tmp_
     folder, cfg = case
     names = {"q": "q_proj", "v": "v_proj", "down": "down_proj"}
     whole = [] if "q" in cfg.targets else ["lm_head"]
-    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    every = "all-linear"
     targets = [names[x] for x in cfg.targets] if "q" in cfg.targets else every
     config = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, use_rslora=cfg.rslora,
                              target_modules=targets, modules_to_save=whole or None,
@@ -108,12 +110,12 @@ def test_an_adapter_that_peft_wrote_says_here_what_it_says_there(case: Any, tmp_
         if "lora_B" in name or "modules_to_save" in name:
             torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(tmp_path)
-    ours.check_config(tmp_path, cfg)
+    check_config(tmp_path, cfg)
     spec, graph, params, mesh = our_model(folder, cfg)
     tokens = TOKENS.clip(max=210)
     before = our_logits(graph, params, tokens)
     with jax.set_mesh(mesh):
-        params, found_whole = ours.load(tmp_path, spec, params, range(0))
+        params, found_whole = ours.load(tmp_path, spec, params, cfg, range(0))
     assert found_whole == ["head"] * len(whole)
     found, want = our_logits(graph, params, tokens), their_logits(model, tokens)
     assert np.abs(want - before).max() > 0.1
@@ -140,10 +142,9 @@ def test_an_adapter_that_we_wrote_says_there_what_it_says_here(
         (p, x + rng.normal(0, 0.1, x.shape).astype(np.float32) if trains(p) else x)
         for p, x in flat(params)
     )
-    trained, _ = split(params, trains)
     vocab = _SHAPE["vocab_size"]
     with jax.set_mesh(mesh):
-        ours.save(tmp_path, spec, trained, cfg, base=str(folder),
+        ours.save(tmp_path, spec, params, trains, cfg, base=str(folder),
                   new_ids=range(vocab, vocab + new))  # fmt: skip
     tokens = TOKENS if new else TOKENS.clip(max=210)
     model = peft.PeftModel.from_pretrained(base_of(folder, vocab + new), tmp_path)
@@ -157,7 +158,7 @@ def test_an_adapter_that_we_wrote_says_there_what_it_says_here(
     np.testing.assert_allclose(merged, our_logits(graph, params, tokens), atol=1e-5)
     blank = nested((p, x * 0 if trains(p) else x) for p, x in flat(params))
     with jax.set_mesh(mesh):
-        read, _ = ours.load(tmp_path, spec, blank, range(vocab, vocab + new))
+        read, _ = ours.load(tmp_path, spec, blank, cfg, range(vocab, vocab + new))
     np.testing.assert_allclose(our_logits(graph, read, tokens), merged, atol=1e-5)
 
 
@@ -183,7 +184,7 @@ def test_scores_of_a_reward_models_adapter_are_equal_there(case: Any, tmp_path: 
         for p, x in flat(nnx.to_pure_dict(state))
     )
     with jax.set_mesh(mesh):
-        ours.save(tmp_path, made.spec, split(params, trains)[0], cfg, base=str(folder),
+        ours.save(tmp_path, made.spec, params, trains, cfg, base=str(folder),
                   new_ids=range(0), task="SEQ_CLS")  # fmt: skip
     tokens = TOKENS.clip(max=210)
     model = nnx.merge(graph, nnx.State(params))
