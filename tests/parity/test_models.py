@@ -55,12 +55,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("LlamaConfig", {"rope_parameters": _LINEAR, "head_dim": 24}),
     "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
-    "qwen2-untied": ("Qwen2Config", {"rope_theta": 1e6}),
+    "qwen2-window": ("Qwen2Config", {"rope_theta": 1e6, "num_hidden_layers": 4, **_QWEN_WINDOW}),
     "qwen3": ("Qwen3Config", {"head_dim": 24, "tie_word_embeddings": True}),
     "qwen3-biases": ("Qwen3Config", {"head_dim": 32, "attention_bias": True}),
     "qwen3-window": ("Qwen3Config", {"head_dim": 24, "num_hidden_layers": 4, **_QWEN_WINDOW}),
     "mistral": ("MistralConfig", {"sliding_window": 40, "head_dim": 24}),
-    "mistral-full": ("MistralConfig", {"sliding_window": None, "num_key_value_heads": 4}),
+    "mistral-full": (
+        "MistralConfig",
+        {"sliding_window": None, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
     "gemma2": ("Gemma2Config", {"sliding_window": 32, "query_pre_attn_scalar": 20, **_GEMMA}),
     "gemma2-uncapped": (
         "Gemma2Config",
@@ -68,6 +71,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 50,
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
             "attention_bias": True,
             "head_dim": 24,
             "num_hidden_layers": 4,
@@ -92,9 +96,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3Config", {"sliding_window": 60, "pad_token_id": 0}),
-    "phi3-full": ("Phi3Config", {"num_key_value_heads": 4, "pad_token_id": 0}),
+    "phi3-full": (
+        "Phi3Config",
+        {"num_key_value_heads": 4, "pad_token_id": 0, "tie_word_embeddings": True},
+    ),
     "olmo2": ("Olmo2Config", {}),
-    "olmo2-biases": ("Olmo2Config", {"num_key_value_heads": 4, "attention_bias": True}),
+    "olmo2-biases": (
+        "Olmo2Config",
+        {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True},
+    ),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "mixtral-window": (
         "MixtralConfig",
@@ -132,6 +142,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 GREEDY = (
     *("llama3", "qwen3-window", "mistral", "gemma2", "gemma3", "phi3", "olmo2"),
     "qwen3-moe-mixed",
+)
+# one of each family, with the most kinds of tensors
+CONVERTED = (
+    *("llama-biases", "qwen2", "qwen3-biases", "mistral", "gemma2-uncapped", "gemma3"),
+    *("phi3", "olmo2-biases", "mixtral", "qwen3-moe-mixed", "olmoe"),
 )
 
 
@@ -243,6 +258,7 @@ def test_gradients_are_equal(pair: Pair) -> None:
     assert seen == set(want)
 
 
+@pytest.mark.parametrize("pair", CONVERTED, indirect=True)
 def test_converted_and_converted_back_tensors_are_byte_equal(pair: Pair, tmp_path: Path) -> None:
     """`posttrain convert`, by eight devices to many files and back by others to one; transformers
     opens them without a complaint."""
