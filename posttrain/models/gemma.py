@@ -89,7 +89,8 @@ def read_gemma3_images(raw: Mapping[str, Any], where: str) -> Spec:
         raise ValueError(f"{where}: text_config is {json.dumps(text)}, expected an object")
     around = {k: v for k, v in raw.items() if k not in _IMAGES and v is not None}
     names = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-    spec = read_gemma3(_GEMMA3_SIZES | text | around | names, where)
+    ends = {k: around[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in around}
+    spec = read_gemma3(_GEMMA3_SIZES | around | text | ends | names, where)
     return dataclasses.replace(spec, images=True)
 
 

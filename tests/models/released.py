@@ -275,6 +275,7 @@ RELEASED: dict[str, tuple[dict[str, Any], float]] = {
 }
 # text_config leaves out what is the default of transformers' class
 _TEXT = {
+    "eos_token_id": 1,
     "hidden_size": 2560,
     "intermediate_size": 10240,
     "model_type": "gemma3_text",
