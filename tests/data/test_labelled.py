@@ -86,6 +86,9 @@ def test_own_columns() -> None:
     assert weights(made) == [1.0]
     turns = {"talk": [USER, WRONG, USER, ANSWER], "liked": True}
     assert weights(convert(turns, fields={"messages": "talk", "label": "liked"})) == [0.0, 1.0]
+    heavy = {"talk": [USER, {**ANSWER, "weight": 2}], "liked": True}
+    with pytest.raises(RowError, match=r"weight: float 2\.0 in an answer that is judged"):
+        convert(heavy, fields={"messages": "talk", "label": "liked"})
     with pytest.raises(RowError, match='liked: wrong type: "yes"'):
         convert({**turns, "liked": "yes"}, fields={"messages": "talk", "label": "liked"})
 
@@ -97,6 +100,14 @@ def test_own_columns() -> None:
         ({"messages": [USER, ANSWER], "label": "good"}, 'label: wrong type: "good"'),
         ({"messages": [USER], "label": True}, "messages"),
         ({"prompt": [USER], "completion": [], "label": "x"}, "completion: an empty list.*label"),
+        (
+            {"messages": [USER, {**ANSWER, "weight": 0.5}], "label": True},
+            "weight: float 0.5 in an answer that is judged",
+        ),
+        (
+            {"messages": [USER, ANSWER], "label": True, "kto_tag": False},
+            "kto_tag: bool False, where label is bool True",
+        ),
     ],
 )
 def test_bad_rows_say_what_and_where(row: dict[str, Any], found: str) -> None:

@@ -82,6 +82,8 @@ def _labelled(values: dict[str, Any], cfg: SourceConfig) -> Labelled:
     if isinstance(sample, Pair):
         raise ValueError("fields: a label beside chosen and rejected: remove one of the two")
     judged = sample if "completion" in values else labelled.last_answer(sample)
+    if problems := labelled.lost_weights(judged):
+        raise RowError(problems)
     return Labelled(judged, label)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from posttrain.data.config import SourceConfig
 from posttrain.data.formats import alpaca, messages, prompt_completion, sharegpt
 from posttrain.data.formats.base import Format
-from posttrain.data.rows import Problem, RowError, wrong_type
+from posttrain.data.rows import Problem, RowError, show, wrong_type
 from posttrain.types import Conversation, Labelled, Sample
 
 LABELS = ("label", "kto_tag")
@@ -44,7 +44,33 @@ def convert(row: Any, cfg: SourceConfig) -> Labelled:
     if problems or sample is None:
         raise RowError(problems)
     whole = shape is not prompt_completion
-    return Labelled(last_answer(sample) if whole else sample, row[column])
+    judged = last_answer(sample) if whole else sample
+    if problems := [*_contradiction(row), *lost_weights(judged)]:
+        raise RowError(problems)
+    return Labelled(judged, row[column])
+
+
+def _contradiction(row: Mapping[str, Any]) -> list[Problem]:
+    """Labels of which one would be lost."""
+    first, second = (row.get(column) for column in LABELS)
+    if first is None or second is None or first is second:
+        return []
+    found = f"{show(second)}, where {LABELS[0]} is {show(first)}"
+    return [Problem(LABELS[1], found, "remove one of the two")]
+
+
+def lost_weights(sample: Sample) -> list[Problem]:
+    """Weights that would be lost: losses of labelled answers count each trained token once."""
+    messages = sample.messages if isinstance(sample, Conversation) else ()
+    return [
+        Problem(
+            "weight",
+            f"{show(message['weight'])} in an answer that is judged",
+            "write 0 (not trained) or 1, or remove it: its tokens count alike",
+        )
+        for message in messages
+        if message.get("weight") not in (None, 0, 1)
+    ]
 
 
 def last_answer(sample: Sample) -> Sample:
