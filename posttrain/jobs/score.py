@@ -45,9 +45,7 @@ class Config(Section):
 
     job: Literal["score"] = semantic("score", help="names the job")
     model: ModelConfig = semantic(help="the reward model")
-    chat: ChatConfig = semantic(
-        ChatConfig(), help="how conversations become tokens; what is trained of them plays no part"
-    )
+    chat: ChatConfig = semantic(ChatConfig(), help="how conversations become tokens")
     input: str = semantic(help="file or glob of rows, or hf:owner/name")
     format: str = semantic("auto", help="as data.sources.*.format")
     fields: dict[str, str] = semantic({}, help="own columns, as data.sources.*.fields")
@@ -82,11 +80,12 @@ def run(cfg: Config) -> int:
 
     began = time.monotonic()
     use_compile_cache()
-    # one score a row: of a template that drops earlier thoughts, what it makes of the last turn
-    cfg = cfg.model_copy(update={"chat": cfg.chat.model_copy(update={"train_on": "last"})})
     mesh = make_mesh(cfg.mesh)
     with _whole_file(cfg.out) as file:
         rows = look(cfg)
+        if rows.kind != "pairs":  # one score a row: where a template drops earlier thoughts, of
+            # what it makes of the last turn; what is trained counts for the lengths of pairs alone
+            cfg = cfg.model_copy(update={"chat": cfg.chat.model_copy(update={"train_on": "last"})})
         with jax.set_mesh(mesh):
             model = open_model(cfg, mesh, head="score")
             cache = _prepare(cfg, model, rows.kind)
@@ -263,7 +262,7 @@ def _said(rows: Rows, cache: Any, scores: Any) -> Iterator[str]:
     missing = rows.count - scored
     yield (
         f"{scored:,} of {rows.count:,} {'pairs' if cache.sides == 2 else 'rows'} scored"
-        + (f", {missing:,} are null" if missing else "")
+        + (f", {missing:,} null" if missing else "")
         + f"; mean {scores.mean():.4f}, standard deviation {scores.std():.4f}, "
         f"least {scores.min():.4f}, greatest {scores.max():.4f}"
     )

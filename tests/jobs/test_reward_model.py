@@ -62,8 +62,8 @@ def test_ten_steps_equal_trl(one_device: Finished, data_dir: Path) -> None:
 
 LAYOUTS = {
     "data 2, fsdp 2, tensor 2": mesh_keys(2, 2, 2),
-    "packed, accumulation 2": [
-        *("batch.packing=best_fit", "batch.accumulate=2"),
+    "packed, accumulation 4": [
+        *("batch.packing=best_fit", "batch.accumulate=4"),
         *mesh_keys(1, 2, 1),
     ],
 }

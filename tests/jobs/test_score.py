@@ -131,7 +131,7 @@ def test_what_cannot_be_scored_is_told_at_once_or_null(
         row["messages"] for row in (rows[0], question, long, rows[1])
     ]
     said = capsys.readouterr().out
-    assert "2 of 4 rows scored, 2 are null; mean " in said
+    assert "2 of 4 rows scored, 2 null; mean " in said
     assert "1 bad rows skipped" in said
     assert "1 dropped: longer than seq_len" in said
     whole = run(keys, file, "seq_len=768", "too_long=truncate_start", "on_bad_row=skip")
@@ -157,7 +157,7 @@ def test_a_pair_gets_a_score_on_each_side_and_the_file_an_accuracy(
     assert scores.mean() == pytest.approx(log["mean_reward"], abs=1e-5)
     assert (scores[:, 0] - scores[:, 1]).mean() == pytest.approx(log["margin"], abs=1e-5)
     said = capsys.readouterr().out
-    assert "4 of 5 pairs scored, 1 are null" in said
+    assert "4 of 5 pairs scored, 1 null; mean" in said
     assert f"accuracy {log['accuracy']:.4f}, ece 0." in said
     assert "brier 0.2" in said
     assert "length_correlation" in said

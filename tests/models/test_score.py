@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from posttrain.models import hf
+from posttrain.models import hf, read_spec
 from posttrain.models.score import segment_scores
 from posttrain.models.spec import ModelConfig
 from tests.models.tiny import mesh_of, write_config
@@ -102,3 +103,19 @@ def test_the_head_takes_the_place_of_the_vocabularys(model: hf.Model, tmp_path: 
     assert flat["score"].shape == (64, 1)
     assert "head" not in flat
     assert model.spec.parameters == sum(x.size for x in flat.values())
+
+
+def test_an_export_has_one_label_whatever_the_language_model_said(
+    model: hf.Model, tmp_path: Path
+) -> None:
+    """Old versions of transformers wrote two into every config.json."""
+    two = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "num_labels": 2}
+    folder = write_config(tmp_path / "language", "llama", **two)
+    cfg = ModelConfig(path=str(folder), random_init=True, vocab_multiple=1)
+    made = hf.open_model(cfg, mesh_of(1, 1, 1), head="score", new_head=True)
+    hf.save(tmp_path / "export", made.spec, model.state)
+    raw = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert raw["id2label"] == {"0": "LABEL_0"}
+    assert raw["label2id"] == {"LABEL_0": 0}
+    assert "num_labels" not in raw
+    assert read_spec(tmp_path / "export").head == "score"
