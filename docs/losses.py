@@ -31,14 +31,20 @@ def fields_of(cls: type[Config]) -> list[str]:
 
 
 def settings_of(cls: type[Config], shared: set[str]) -> str:
-    """A line for each field of its own, and the names and defaults of what is shared."""
-    own = fields_of(cls)
-    lines = [f"- `{x}` ({default_of(cls, x)}): {cls.model_fields[x].description}" for x in own]
+    """A line for each field of its own, or of a loss that it is a kind of, and the names and
+    defaults of what is shared."""
+    own = [x for x in cls.model_fields if x in cls.__annotations__ or x not in shared]
+    lines = lines_of(cls, own)
     others = [x for x in cls.model_fields if x in shared and x not in own]
     if others:
         said = ", ".join(f"`{name}` {default_of(cls, name)}" for name in others)
         lines.append(f"- shared: {said}")
     return "\n".join(["", *lines, ""])
+
+
+def lines_of(cls: type[Config], names: list[str]) -> list[str]:
+    """What these fields are."""
+    return [f"- `{x}` ({default_of(cls, x)}): {cls.model_fields[x].description}" for x in names]
 
 
 def default_of(cls: type[Config], name: str) -> str:
@@ -75,7 +81,7 @@ def page(before: str) -> str:
         parts += [f"## {name}\n", text_of(cls), settings_of(cls, shared)]
     parts.append("## Settings that several losses share\n")
     for title, base in bases.items():
-        parts += [f"### {title}\n", text_of(base), settings_of(base, set())]
+        parts += [f"### {title}\n", text_of(base), "", *lines_of(base, fields_of(base)), ""]
     head, rest = before.split(BEGIN)
     return "\n".join([f"{head}{BEGIN}\n", *parts, f"{END}{rest.split(END)[1]}"])
 

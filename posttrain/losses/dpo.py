@@ -79,8 +79,8 @@ class DiscoPOP(MarginLoss):
 
     with m as in `dpo`.
     Source: Lu et al. 2024 (DiscoPOP, arXiv:2406.08414), eq. 5 ("log-ratio modulated loss").
-    When: as an alternative to `dpo` in a sweep. It is not convex: a pair that is far on the wrong
-    side is hardly corrected.
+    When: as an alternative to `dpo` in a sweep. It is not convex: between m = -0.12 and 0.07 (of
+    tau 0.05) it rises, so that a pair a little on the wrong side is held there.
     """
 
     tau: float = semantic(0.05, gt=0, help="width of the blend, in units of the margin")

@@ -221,13 +221,13 @@ def test_check_lists_bad_labels(tmp_path: Path) -> None:
 
 def test_settings_make_another_cache(tmp_path: Path) -> None:
     rows = [row(i) for i in range(4)]
-    folders = {
-        make(tmp_path, rows, kind, **changes).folder
-        for kind, changes in (
-            ("twinned", {}), ("twinned", {"kl_block": 2}), ("labelled", {}),
-            ("labelled", {"kl_block": 2}),  # of no meaning there
-        )
-    }  # fmt: skip
+    kinds: list[tuple[DataKind, dict[str, int]]] = [
+        ("twinned", {}),
+        ("twinned", {"kl_block": 2}),
+        ("labelled", {}),
+        ("labelled", {"kl_block": 2}),  # of no meaning there
+    ]
+    folders = {make(tmp_path, rows, kind, **changes).folder for kind, changes in kinds}
     assert len(folders) == 3
 
 

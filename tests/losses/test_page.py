@@ -16,5 +16,8 @@ def test_the_page_of_losses_is_current() -> None:
     assert page == made, "run `make docs`"
     for name, cls in PREFERENCE_LOSSES.items():
         assert f"\n## {name}\n" in made
+        section = made.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        for setting in cls.model_fields:
+            assert f"`{setting}`" in section, f"{name}: {setting} is not told"
         for word in ("Source:", "When:", "    "):
             assert word in (cls.__doc__ or ""), f"{name}: no {word!r} in its docstring"
