@@ -73,6 +73,7 @@ def run(cfg: Config) -> int:
     """The exit code: 0. ValueError on what the user can mend."""
     import jax
 
+    from posttrain.chat.template import ChatTemplate
     from posttrain.data.progress import Progress
     from posttrain.sharding import make_mesh
     from posttrain.train.model import open_model, use_compile_cache
@@ -82,12 +83,15 @@ def run(cfg: Config) -> int:
     use_compile_cache()
     mesh = make_mesh(cfg.mesh)
     with _whole_file(cfg.out) as file:
-        rows = look(cfg)
-        if rows.kind != "pairs":  # one score a row: where a template drops earlier thoughts, of
-            # what it makes of the last turn; what is trained counts for the lengths of pairs alone
-            cfg = cfg.model_copy(update={"chat": cfg.chat.model_copy(update={"train_on": "last"})})
+        _files(cfg)  # a slip of the command is told before anything long is begun
         with jax.set_mesh(mesh):
             model = open_model(cfg, mesh, head="score")
+            rows = look(cfg)
+            if rows.kind != "pairs":  # one score a row: where a template drops earlier thoughts, of
+                # what it makes of the last turn; what is trained counts for lengths of pairs alone
+                last = cfg.chat.model_copy(update={"train_on": "last"})
+                chat = ChatTemplate(model.chat.source, model.tokenizer, last)
+                model = replace(model, chat=chat)
             cache = _prepare(cfg, model, rows.kind)
             examples = tokens = 0
             with Progress("score", int(cache.lengths.sum())) as progress:
@@ -122,15 +126,20 @@ def _source(cfg: Config) -> SourceConfig:
     )
 
 
-def look(cfg: Config) -> Rows:
-    """Reads all rows once. ConfigError: no such file, or rows have the columns already."""
-    from posttrain.data.sources import find_files, read_blocks
+def _files(cfg: Config) -> list[str]:
+    from posttrain.data.sources import find_files
 
-    source = _source(cfg)
     try:
-        files = find_files(source)
+        return find_files(_source(cfg))
     except ValueError as error:
         raise ConfigError(f"input: {error}") from error
+
+
+def look(cfg: Config) -> Rows:
+    """Reads all rows once. ConfigError: no such file, or rows have the columns already."""
+    from posttrain.data.sources import read_blocks
+
+    source, files = _source(cfg), _files(cfg)
     both = (f"{cfg.column}_chosen", f"{cfg.column}_rejected")
     kind: DataKind | None = None
     count, taken, first = 0, Counter[str](), dict[str, str]()
