@@ -47,7 +47,8 @@ def flatten(metrics: Mapping[str, Any], source_names: list[str]) -> dict[str, fl
     """Device metrics fetched to the host -> plain numbers; "loss_by_source" -> loss/<name>.
 
     What is of nothing (the Mean of a source with no token in this step) is left out: it has no
-    value.
+    value. Of labelled answers, rewards/margins is the difference of the two labels' means, as TRL
+    has it.
     """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
@@ -64,6 +65,8 @@ def flatten(metrics: Mapping[str, Any], source_names: list[str]) -> dict[str, fl
                 flat |= {f"min_{name}": float(value.low), f"max_{name}": float(value.high)}
         else:
             flat[name] = float(value)
+    if flat.keys() >= {"rewards/chosen", "rewards/rejected"}:
+        flat.setdefault("rewards/margins", flat["rewards/chosen"] - flat["rewards/rejected"])
     return flat
 
 

@@ -39,6 +39,15 @@ def test_flatten_divides_once_and_names_sources() -> None:
     assert flat == {"loss": 1.5, "grad_norm": 2.0, "loss/chat": 1.5}
 
 
+def test_labelled_answers_have_a_margin_where_there_are_both() -> None:
+    rewards = {"rewards/chosen": Mean(6.0, 4.0), "rewards/rejected": Mean(-1.0, 2.0)}
+    assert flatten(rewards, [])["rewards/margins"] == 2.0
+    one = {**rewards, "rewards/rejected": Mean(0.0, 0.0)}
+    assert flatten(one, []) == {"rewards/chosen": 1.5}
+    pairs = {**rewards, "rewards/margins": Mean(3.0, 1.0)}
+    assert flatten(pairs, [])["rewards/margins"] == 3.0
+
+
 def test_pitfall_13_a_mean_over_nothing_is_left_out_not_zero() -> None:
     assert flatten({"loss": Mean(np.float32(0), np.float32(0))}, []) == {}
     assert np.isnan(Mean(0.0, 0.0).value)

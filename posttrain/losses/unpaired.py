@@ -75,9 +75,10 @@ class UnpairedLoss(PreferenceLoss):
         """A term per row, [B, S], times its label's weight; the mean is over rows.
 
         Metrics, under TRL's names: rewards/{chosen,rejected} and logps/{chosen,rejected}, means
-        over the desirable and over the other answers; rewards/accuracies, the share of answers
-        whose reward is on their label's side of the shift; entropy and mean_token_accuracy over
-        trained tokens, the latter's of desirable answers. Twins are in none of them.
+        over the desirable and over the other answers (whose difference metrics.py makes
+        rewards/margins of); rewards/accuracies, the share of answers whose reward is on their
+        label's side of the shift; entropy and mean_token_accuracy over trained tokens, the latter's
+        of desirable answers. Twins are in none of them.
         """
         given = statistic or {}
         trained = (batch.loss_weights > 0).astype(jnp.float32)

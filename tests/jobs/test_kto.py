@@ -59,6 +59,8 @@ def test_ten_steps_equal_trl(cached: Finished, data_dir: Path) -> None:
         rewards, logps = f"rewards/{side}", f"logps/{side}"
         np.testing.assert_allclose(series(cached, rewards), want[rewards], rtol=1e-4, atol=5e-5)
         np.testing.assert_allclose(series(cached, logps), want[logps], atol=2e-3)
+    margins = "rewards/margins"
+    np.testing.assert_allclose(series(cached, margins), want[margins], rtol=1e-4, atol=1e-4)
     assert (series(cached, "examples") == 8).all()
 
 
