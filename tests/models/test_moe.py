@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from posttrain.config import ConfigError
 from posttrain.metrics import flatten
 from posttrain.models import read_spec
+from posttrain.models.hf import open_model
 from posttrain.models.moe import (
     IN_AXES,
     OUT_AXES,
@@ -22,6 +24,7 @@ from posttrain.models.moe import (
     moe_mlp,
     router_loss,
 )
+from posttrain.models.spec import ModelConfig
 from posttrain.sharding import partition_spec
 from posttrain.types import Routing
 from tests.models.hlo import collectives
@@ -251,3 +254,9 @@ def test_other_mixtures_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         read_spec(write_config(tmp_path, name, **fields))
+
+
+def test_a_reward_model_that_could_not_be_saved_is_not_begun(tmp_path: Path) -> None:
+    cfg = ModelConfig(path=str(write_config(tmp_path, "olmoe")), random_init=True)
+    with pytest.raises(ConfigError, match="no sequence classifier of olmoe"):
+        open_model(cfg, mesh_of(1, 1, 1), head="score", new_head=True)
