@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,8 +103,21 @@ def mesh_shape(cfg: MeshConfig, n_devices: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def _let_collectives_wait() -> None:
+    """More threads for several CPU devices, which XLA makes at their first use.
+
+    It makes one for each device, or core if there are more of those. Of collectives that do not
+    depend on each other devices may begin different ones; each holds its thread until the others
+    join, who then have none left to join with: the process stands still and is killed after 40 s.
+    """
+    devices = jax.config.values.get("jax_num_cpu_devices", -1)
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(max(4 * devices, os.cpu_count() or 1)))
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh over all devices of the run (or those given), axes MESH_AXES, Auto mode."""
+    _let_collectives_wait()
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(cfg, len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
