@@ -19,6 +19,8 @@ from posttrain.doctor.base import Finding, Findings, Level, Subject
 from posttrain.jobs import doctor as job
 from tests.jobs.runs import finish
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 def quick(tmp_path: Path, *keys: str) -> list[str]:
     folders = [f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
@@ -190,11 +192,13 @@ def test_wrong_keys_exit_with_2(
     assert said in capsys.readouterr().err
 
 
-def test_a_runs_config_is_taken_as_it_is() -> None:
-    root = Path(__file__).parents[2]
-    files = [root / "configs/sft/qwen3_gsm8k.yaml", root / "configs/overlays/v5e_16.yaml"]
+@pytest.mark.parametrize("run", [p for folder in ("sft", "preference", "reward_model")
+                                 for p in sorted((CONFIGS / folder).glob("*.yaml"))],
+                         ids=lambda path: path.stem)  # fmt: skip
+def test_a_runs_config_is_taken_as_it_is(run: Path) -> None:
+    files = [run, CONFIGS / "overlays/v5e_16.yaml"]
     cfg = load(job.Config, files, ["log.peak_tflops=197"], accepts=job.ACCEPTS)
-    assert cfg.run_dir == Path("runs/qwen3_gsm8k")
+    assert cfg.run_dir.name.endswith(run.stem)
     assert cfg.log.peak_tflops == 197
 
 
