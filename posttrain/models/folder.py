@@ -7,6 +7,7 @@ import math
 import mmap
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -197,7 +198,8 @@ class TensorWriter:
 
     Everything is planned before: the files' sizes, and so their headers and names, follow from the
     shapes. Files carry the end `.partial` until finish() renames them, and removes the weights
-    that an earlier export left in the folder.
+    that an earlier export left in the folder. Used as a context, it removes its own where an error
+    (a full disk) ends it before.
     """
 
     def __init__(self, folder: Path, planned: Sequence[Planned], shard_bytes: int):
@@ -214,6 +216,8 @@ class TensorWriter:
             if n == 1
             else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
         )
+        for left in folder.glob("model*.safetensors*.partial"):  # of an export that was killed
+            left.unlink()
         self._files: list[IO[bytes]] = []
         # tensor -> (its number of a file, where its bytes begin in it, what it is)
         self._places: dict[str, tuple[int, int, Planned]] = {}
@@ -249,20 +253,42 @@ class TensorWriter:
         self._files[file].write(np.ascontiguousarray(rows).view(np.uint8).data)
         self._left[name] -= rows.nbytes
 
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            for file in self._files:
+                with suppress(OSError):  # what it still held is not wanted
+                    file.close()
+            for name in self._names:
+                (self._folder / (name + ".partial")).unlink(missing_ok=True)
+
     def finish(self) -> None:
-        """All are written: gives the files their names, and an index where they are several."""
+        """All are written: gives the files their names, and an index where they are several.
+
+        A model is in the folder until the other stands beside it whole: one file comes before an
+        index where both are there. Only of files that have the same names is there none meanwhile,
+        rather than some of each.
+        """
         assert not any(self._left.values()), "tensors of the plan were not written, or twice"
         for file in self._files:
             file.close()
-        for old in self._folder.glob("model*.safetensors*"):
-            if not old.name.endswith(".partial"):
-                old.unlink()
+        index, new = self._folder / "model.safetensors.index.json", set(self._names)
+        if len(new) > 1:
+            for name in new:
+                (self._folder / name).unlink(missing_ok=True)
         for name in self._names:
-            (self._folder / (name + ".partial")).rename(self._folder / name)
-        if len(self._names) > 1:
-            index = {
+            (self._folder / (name + ".partial")).replace(self._folder / name)
+        if len(new) > 1:
+            text = {
                 "metadata": {"total_size": sum(t.bytes for _, _, t in self._places.values())},
                 "weight_map": {name: self._names[at] for name, (at, _, _) in self._places.items()},
             }
-            path = self._folder / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n")
+            partial = index.with_name(index.name + ".partial")
+            partial.write_text(json.dumps(text, indent=2) + "\n")
+            partial.replace(index)
+            new.add(index.name)
+        for old in self._folder.glob("model*.safetensors*"):
+            if old.name not in new:
+                old.unlink()

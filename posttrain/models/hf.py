@@ -6,6 +6,7 @@ Nothing is unpickled: pytorch_model.bin is refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -250,22 +251,26 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
     flat, to = dict(flat_params(params)), jnp.dtype(dtype)
     placed = places({path: a.shape for path, a in flat.items()}, spec, spec.vocab_size)
-    writer = None
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if primary:
+            planned = _planned(placed, spec, to)
+            writer = stack.enter_context(TensorWriter(folder, planned, shard_bytes))
+        for path, value in flat.items():
+            array = leaf(path, value) if leaf else value
+            key, first = placed[path].key, placed[path].first
+            lead, names = lead_dims(key), dict(file_names(path, spec))
+            tail = array.shape[lead + key.in_dims + 1 :]
+            inner = 1 if key.vocab_dim is not None else math.prod(tail)
+            for index, start, block in stream.blocks(array, lead, key.in_dims, to):
+                if key.vocab_dim is not None:  # padding rows stay here
+                    kept = slice(0, max(spec.vocab_size - start, 0))
+                    block = block[:, kept] if key.vocab_dim else block[kept]
+                if writer and block.size:
+                    writer.write(names[index], first + start * inner, to_file(key, block))
+        if writer:
+            writer.finish()
     if primary:
-        writer = TensorWriter(folder, _planned(placed, spec, to), shard_bytes)
-    for path, value in flat.items():
-        array = leaf(path, value) if leaf else value
-        key, first = placed[path].key, placed[path].first
-        lead, names = lead_dims(key), dict(file_names(path, spec))
-        inner = 1 if key.vocab_dim is not None else math.prod(array.shape[lead + key.in_dims + 1 :])
-        for index, start, block in stream.blocks(array, lead, key.in_dims, to):
-            if key.vocab_dim is not None:  # padding rows stay here
-                kept = slice(0, max(spec.vocab_size - start, 0))
-                block = block[:, kept] if key.vocab_dim else block[kept]
-            if writer and block.size:
-                writer.write(names[index], first + start * inner, to_file(key, block))
-    if writer:
-        writer.finish()
         _write_configs(folder, spec, dtype, stop_ids, pad_id)
         if tokenizer is not None:
             tokenizer.save(folder)
