@@ -15,7 +15,8 @@ class Hinge(MarginLoss):
 
     Source: SLiC (Zhao et al. 2023, arXiv:2305.10425) with the reference of RSO (Liu et al.
     2023, arXiv:2309.06657).
-    When: pairs that are told apart should not be pushed on. 1 / beta is RSO's gamma.
+    When: pairs that are told apart should not be pushed on. beta is RSO's gamma, and 1 / beta the
+    margin of log-ratios past which a pair counts no more (SLiC's delta).
     """
 
     def per_pair(self, pairs: PairSums) -> Float[Array, " P"]:

@@ -27,7 +27,7 @@ class Mixture(PreferenceLoss):
         sum_k weight_k loss_k
 
     Source: MPO (Wang et al. 2024, arXiv:2411.10442), eq. 1, mixes so: `dpo` 0.8, `bco_pair` 0.2,
-    and the NLL term (nll_weight of one part) 1.
+    and the NLL term 1 (of the first part, whose weight counts: nll_weight 1.25).
     When: losses that pull at different things, as which answer is better and how good each is.
     Rewards and log-probs are reported as the first part has them; loss_parts/<name> is each part's.
     """

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from pydantic import model_validator
 
 from posttrain.config import semantic
 from posttrain.losses.base import PreferenceLoss
@@ -202,6 +203,15 @@ class MarginLoss(ReferenceLoss):
         semantic("reverse_kl", help="what holds the policy to the reference (f-DPO)")
     )
     f_alpha: float = semantic(0.5, help="a of alpha_divergence; 1: reverse KL, 0: forward KL")
+
+    @model_validator(mode="after")
+    def _alpha_has_a_use(self) -> MarginLoss:
+        if self.f_alpha != 0.5 and self.f_divergence != "alpha_divergence":
+            raise ValueError(
+                f"f_alpha is {self.f_alpha:g}, and f_divergence {self.f_divergence} has none: set "
+                "f_divergence: alpha_divergence, or leave f_alpha out"
+            )
+        return self
 
     def scores(self, ratios: Float[Array, "P 2"]) -> Float[Array, "P 2"]:
         if self.f_divergence == "js_divergence":

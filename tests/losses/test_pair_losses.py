@@ -220,6 +220,7 @@ def test_orpo_is_finite_where_the_model_is_certain() -> None:
         ("nca_pair", {"f_divergence": "js_divergence"}),  # no difference cancels the prompt's term
         ("simpo", {"ld_alpha": 0.5}),
         ("dpo", {"ld_alpha": 1.5}),
+        ("dpo", {"f_alpha": 0.3}),  # of a divergence that has none
         ("mixture", {"parts": []}),
         ("mixture", {"parts": [{"loss": {"type": "kto"}}]}),
         ("mixture", {"parts": [{"weight": 0, "loss": {"type": "dpo"}}]}),
