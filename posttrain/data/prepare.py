@@ -187,13 +187,16 @@ def refuse_split(cfg: DataConfig, kind: DataKind) -> None:
 
 
 def files_of(cfg: DataConfig, section: str = "data.sources") -> dict[str, list[str]]:
-    """Source name -> its files. ValueError, naming the source, as find_files raises it."""
+    """Source name -> its files. ValueError with every source that find_files has none of."""
     files: dict[str, list[str]] = {}
+    missing: list[str] = []
     for name, source in cfg.sources.items():
         try:
             files[name] = find_files(source)
         except ValueError as error:
-            raise ValueError(f"{section}.{name}.path: {error}") from error
+            missing.append(f"{section}.{name}.path: {error}")
+    if missing:
+        raise ValueError("\n".join(missing))
     return files
 
 

@@ -19,6 +19,7 @@ from posttrain.checkpoint import Checkpoints, is_primary
 from posttrain.config import ConfigError, plain_dict
 from posttrain.data.cache import Cache
 from posttrain.data.plan import Plan
+from posttrain.data.prepare import files_of
 from posttrain.losses.base import PreferenceLoss
 from posttrain.metrics import Writer
 from posttrain.models.nested import join
@@ -75,6 +76,7 @@ def _run(
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         if cfg.checkpoint.init_from and not resuming:  # asked before anything slow is done
             checkpoint.find_checkpoint(cfg.checkpoint.init_from)
+        _refuse_missing_files(cfg)
         model = open_model(cfg, mesh, head=head, new_head=True, lora=cfg.lora, seed=cfg.seed)
         parts = Parts(cfg, mesh, model, kind)
         parts.split(parts.model.params)  # refuses patterns that name nothing before data are read
@@ -88,6 +90,18 @@ def _run(
         length = {"steps": steps} if steps else {"epochs": epochs}
         plan = parts.plan(cache, cfg.data, cfg.batch, **length)
         return _train(parts, cache, plan, mode, resuming, began)
+
+
+def _refuse_missing_files(cfg: Any) -> None:
+    """Of held-out sets too, which are read when all training data are prepared."""
+    missing: list[str] = []
+    for section, sources in (("data.sources", cfg.data.sources), ("eval.sets", cfg.eval.sets)):
+        try:
+            files_of(cfg.data.model_copy(update={"sources": sources}), section)
+        except ValueError as error:
+            missing.append(str(error))
+    if missing:
+        raise ValueError("\n".join(missing))
 
 
 def _refuse_long_rows(seq_len: int, model: Model) -> None:

@@ -241,6 +241,16 @@ def test_rows_are_no_size_of_a_step_of_pairs(run_preference: Runner) -> None:
         run_preference("batch.examples=null", "batch.rows=4", devices=1)
 
 
+def test_files_that_are_not_there_are_told_together_before_the_model_is_read(
+    run_preference: Runner,
+) -> None:
+    keys = ["data.sources.prefs.path=/no/train.jsonl", "data.sources.more.path=/no/more.jsonl"]
+    with pytest.raises(ValueError, match="no such file") as told:
+        run_preference(*keys, "eval.sets.held.path=/no/test.jsonl", "model.path=no-model")
+    for name in ("data.sources.prefs.path: /no/t", "data.sources.more.path", "eval.sets.held.path"):
+        assert name in str(told.value)
+
+
 class ChosenNLL(PreferenceLoss):
     """A user's own loss: imitates the chosen answers, and needs no reference."""
 
