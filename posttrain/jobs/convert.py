@@ -85,7 +85,8 @@ def run(cfg: Config) -> int:
         source = _of_run(cfg, run_dir, mesh) if is_run else _of_folder(cfg, mesh)
         if cfg.out.exists() and not cfg.out.is_dir():
             raise ConfigError(f"out is {cfg.out}, a file: choose a folder")
-        if cfg.out.resolve() == source.folder.resolve():
+        read = [source.folder, *([Path(cfg.adapter)] if cfg.adapter else [])]
+        if cfg.out.resolve() in (folder.expanduser().resolve() for folder in read):
             raise ConfigError(f"out is {cfg.out}, the folder that is read: choose another")
         hf.save(
             cfg.out,

@@ -75,6 +75,14 @@ def test_adapter_and_base_are_converted_to_what_the_run_exported(
     assert_equal(both, tuned.weights, ROUNDED)
 
 
+def test_nothing_is_merged_into_the_adapters_own_folder(tuned: Finished, tiny_model: Path) -> None:
+    """transformers would put the adapter that it finds beside a model onto it once more."""
+    adapter = tuned.folder / "adapter"
+    with pytest.raises(ConfigError, match="the folder that is read: choose another"):
+        exported(f"source={tiny_model}", f"adapter={adapter}", f"out={adapter}")
+    assert not (adapter / "model.safetensors").exists()
+
+
 def test_a_run_starts_from_an_adapter_folder_or_from_another_run(
     tuned: Finished, run_sft: Runner, tiny_sft: list[str]
 ) -> None:
