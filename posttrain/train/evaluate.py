@@ -16,6 +16,7 @@ from posttrain.data.pipeline import Reference
 from posttrain.data.plan import Plan
 from posttrain.train.config import EvalConfig
 from posttrain.train.offline import OfflineSource
+from posttrain.train.step import added
 from posttrain.types import Example
 
 Generate = Callable[[Any, list[list[int]]], list[list[int]]]
@@ -31,23 +32,33 @@ class HeldOut:
     plan: Plan
     step: Callable[..., reporting.Metrics]
     reference: Reference | None = None  # what it said of the set's examples, where it is cached
+    whole: Callable[..., Any] | None = None  # of a loss that couples examples (train/step.py)
 
     def measure(self, params: Any, mesh: jax.sharding.Mesh, live: Any = None) -> dict[str, float]:
         """Means over the whole set: eval/<name>/{loss, entropy, ...}.
 
-        live: the parameters of a live reference.
+        live: the parameters of a live reference. What a loss couples is of the whole set, too, so
+        that no figure depends on how it is cut into batches: a pass over the set of its own.
         """
+        known = () if self.whole is None else (self._sum(self.whole, mesh, params, live),)
+        total = self._sum(self.step, mesh, params, live, *known)
+        total = jax.device_get({k: v for k, v in total.items() if k != "loss_by_source"})
+        return {f"eval/{self.name}/{k}": v for k, v in reporting.flatten(total, []).items()}
+
+    def _sum(
+        self, made: Callable[..., Any], mesh: jax.sharding.Mesh, params: Any, *more: Any
+    ) -> Any:
+        """made(params, batch, *more), added over all batches."""
         source = OfflineSource(self.cache, self.plan, mesh, reference=self.reference)
         total = None
         try:
             for _ in range(self.plan.steps):
-                found = self.step(params, source.next(), live)
-                total = found if total is None else jax.tree.map(lambda a, b: a + b, total, found)
+                found = made(params, source.next(), *more)
+                total = found if total is None else added(total, found)
         finally:
             source.close()
         assert total is not None  # a set without examples was refused when it was prepared
-        total = jax.device_get({k: v for k, v in total.items() if k != "loss_by_source"})
-        return {f"eval/{self.name}/{k}": v for k, v in reporting.flatten(total, []).items()}
+        return total
 
 
 def prompt_of(example: Example) -> list[int]:

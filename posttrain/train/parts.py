@@ -22,7 +22,7 @@ from posttrain.train.model import Model
 from posttrain.train.rewards import HeldOutPairs, score_step_fn
 from posttrain.train.starting import restored
 from posttrain.train.state import abstract
-from posttrain.train.step import Forward, eval_step_fn
+from posttrain.train.step import Forward, eval_step_fn, whole_fn
 from posttrain.train.trainable import trained_rule
 from posttrain.types import DataKind
 
@@ -73,7 +73,8 @@ class Parts:
             if self.model.spec.head == "score":
                 sets.append(HeldOutPairs(name, cache, plan, score_step_fn(forward)))
             else:
-                sets.append(HeldOut(name, cache, plan, eval_step_fn(forward)))
+                step, whole = eval_step_fn(forward), whole_fn(forward)
+                sets.append(HeldOut(name, cache, plan, step, whole=whole))
         return sets
 
     def prepare(self, data: DataConfig, section: str) -> Cache:

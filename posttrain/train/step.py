@@ -124,6 +124,10 @@ class Forward:
         coupled = isinstance(self.loss, Coupled) or self.router != NO_ROUTER
         if not coupled or batch.tokens.shape[0] == 1:
             return None
+        return self.part_of_whole(params, batch, reference)
+
+    def part_of_whole(self, params: Any, batch: Batch, reference: Any) -> Whole:
+        """What these micro-batches add to it."""
 
         def part(micro: Batch) -> Whole:
             micro = self._referenced(micro, reference)
@@ -259,16 +263,32 @@ def train_step_fn(
 
 
 def eval_step_fn(forward: Forward) -> Callable[..., Metrics]:
-    """Jitted (params, batch, reference=None) -> metrics as sums, to be added over batches."""
+    """Jitted (params, batch, reference=None, whole=None) -> metrics as sums, to be added over
+    batches. whole: what has to be known of all of them (`whole_fn`); None: of the batch alone."""
     forward = dataclasses.replace(forward, router=NO_ROUTER)  # whose losses train alone
 
-    def step(params: Any, batch: Batch, reference: Any = None) -> Metrics:
-        whole = forward.whole(params, batch, reference)
+    def step(
+        params: Any, batch: Batch, reference: Any = None, whole: Whole | None = None
+    ) -> Metrics:
+        whole = forward.whole(params, batch, reference) if whole is None else whole
         return _sum_over_micro_batches(
             lambda micro: forward(params, micro, reference, whole)[1], batch
         )
 
     return jax.jit(step, out_shardings=sharding.replicated(forward.mesh))
+
+
+def whole_fn(forward: Forward) -> Callable[..., Whole] | None:
+    """Jitted (params, batch, reference=None) -> the batch's part of what a loss has to know of a
+    held-out set, to be added over batches. None: it couples no examples."""
+    if not isinstance(forward.loss, Coupled):
+        return None
+    forward = dataclasses.replace(forward, router=NO_ROUTER)
+
+    def part(params: Any, batch: Batch, reference: Any = None) -> Whole:
+        return forward.part_of_whole(params, batch, reference)
+
+    return jax.jit(part, out_shardings=sharding.replicated(forward.mesh))
 
 
 def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
@@ -279,9 +299,14 @@ def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> A
     nothing = jax.tree.map(_nothing, jax.eval_shape(function, first), is_leaf=_merges)
 
     def add(acc: Any, micro: Batch) -> tuple[Any, None]:
-        return jax.tree.map(operator.add, acc, function(micro), is_leaf=_merges), None
+        return added(acc, function(micro)), None
 
     return jax.lax.scan(add, nothing, batch)[0]
+
+
+def added(a: Any, b: Any) -> Any:
+    """Sums of two parts, leaf by leaf; what is no sum, as it is added itself."""
+    return jax.tree.map(operator.add, a, b, is_leaf=_merges)
 
 
 def _merges(value: Any) -> bool:

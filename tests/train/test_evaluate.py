@@ -13,7 +13,7 @@ import pytest
 from posttrain.data.plan import BatchConfig, Plan
 from posttrain.train.config import EvalConfig
 from posttrain.train.evaluate import HeldOut, expected_of, prompt_of, write_samples
-from posttrain.types import Example, Mean
+from posttrain.types import Example, Extremes, Mean
 from tests.data.test_pipeline import FakeCache, FakeReference
 from tests.models.tiny import mesh_of
 
@@ -81,3 +81,10 @@ def test_the_reference_reaches_the_evaluation_cached_or_live() -> None:
     held_out = pairs_held_out(step, Halves(PairCache()))
     found = held_out.measure("policy", mesh_of(1, 1, 1), "reference")
     assert found == {"eval/pairs/loss": 3 * sum(range(8)) / 2}  # 4 pairs are two steps
+
+
+def test_extremes_of_batches_are_the_sets() -> None:
+    steps = iter([Extremes(np.float32(-1), np.float32(5)), Extremes(np.float32(2), np.float32(7))])
+    held_out = pairs_held_out(lambda *_: {"kl": next(steps)})
+    found = held_out.measure(None, mesh_of(1, 1, 1))
+    assert found == {"eval/pairs/min_kl": -1, "eval/pairs/max_kl": 7}

@@ -10,19 +10,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from posttrain.data.fit import with_twins
+from posttrain.data.plan import BatchConfig, Plan
 from posttrain.jobs import preference
 from posttrain.losses import PAIR_LOSSES, UNPAIRED_LOSSES
 from posttrain.losses.kto import KTO
 from posttrain.losses.mixture import Mixture
 from posttrain.losses.unpaired import UnpairedLoss
+from posttrain.train.evaluate import HeldOut
 from posttrain.train.setup import coupling_lines
-from posttrain.train.step import Coupled
+from posttrain.train.step import Coupled, Forward, eval_step_fn, whole_fn
 from posttrain.types import Batch, DataKind, Example, Mean, Statistic, Terms, TokenOutputs
-from tests.train.test_step import PAIRS, SEQ_LEN, FakePairs, assert_same, step
+from tests.models.tiny import mesh_of, open_tiny
+from tests.train.test_step import PAIRS, SEQ_LEN, FakePairs, FakeReference, assert_same, step
 
 OPTIONS = [
     {"type": "dpo", "ld_alpha": 0.3, "nll_weight": 0.1},
@@ -150,6 +155,28 @@ def test_evaluation_knows_the_whole_step_too(folder: Path) -> None:
     assert want["kl"].value > 0
     for name, value in want.items():
         np.testing.assert_allclose(found[name].total, value.total, rtol=1e-5, atol=1e-5)
+
+
+def test_held_out_figures_are_of_the_set_and_not_of_its_batches(folder: Path) -> None:
+    """What couples examples is of them all: a last batch of two rows has no KL of its own."""
+    data, mesh = FakeLabelled(), mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        model = open_tiny(folder, "llama", mesh)
+        found: list[dict[str, float]] = []
+        for batch in ({"examples": 2 * PAIRS}, {"examples": 6, "accumulate": 2}):
+            settings = BatchConfig.model_validate({"order": "sequential", **batch})
+            plan = Plan(data, settings, seq_len=SEQ_LEN, seed=0, epochs=1)
+            forward = Forward(
+                model.graph, Together(), mesh, plan.head_budget(), head_chunk=64, sources=2
+            )
+            held_out = HeldOut("held", data, plan, eval_step_fn(forward), FakeReference(data),
+                               whole_fn(forward))  # fmt: skip
+            found.append(held_out.measure(nnx.to_pure_dict(model.state), mesh))
+    whole, cut = found
+    assert whole["eval/held/kl"] > 0
+    assert whole.keys() == cut.keys()
+    for name, value in whole.items():
+        assert cut[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 def test_what_accumulation_means_to_a_coupled_loss_is_said() -> None:
