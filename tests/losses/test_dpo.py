@@ -27,7 +27,8 @@ LOSSES = [DPO(), DPO(beta=0.5, label_smoothing=0.2), DPO(beta=0.03, nll_weight=0
 def by_formula(loss: DPO, batch: Batch, logps: np.ndarray) -> dict[str, np.ndarray]:
     """Rafailov et al. 2023 eq. 7, Mitchell 2023 eq. 3 and Pang et al. 2024 eq. 1, pair by pair."""
     logps, reference = logps.astype(np.float64), np.asarray(batch.reference_logps, np.float64)
-    found: dict[str, list] = {"loss": [], "chosen": [], "rejected": [], "logp": [], "source": []}
+    names = ("loss", "chosen", "rejected", "logp", "logp_rejected", "nll", "source")
+    found: dict[str, list] = {name: [] for name in names}
     for pair in range(PAIRS):
         inside = {}
         for b, s in np.argwhere(np.asarray(batch.pair_ids) == pair):
@@ -42,11 +43,13 @@ def by_formula(loss: DPO, batch: Batch, logps: np.ndarray) -> dict[str, np.ndarr
         p = 1 / (1 + np.exp(-(reward[True] - reward[False])))
         value = -(1 - loss.label_smoothing) * np.log(p) - loss.label_smoothing * np.log(1 - p)
         b, t = inside[True]
-        value += loss.nll_weight * -policy[True] / np.asarray(batch.loss_weights)[b, t].sum()
-        found["loss"].append(value)
+        nll = -policy[True] / np.asarray(batch.loss_weights)[b, t].sum()
+        found["nll"].append(nll)
+        found["loss"].append(value + loss.nll_weight * nll)
         found["chosen"].append(reward[True])
         found["rejected"].append(reward[False])
         found["logp"].append(policy[True])
+        found["logp_rejected"].append(policy[False])
     return {name: np.array(values) for name, values in found.items()}
 
 
@@ -82,6 +85,8 @@ def test_loss_and_metrics_are_the_formula(loss: DPO) -> None:
             "rewards/margins": margins.mean(),
             "rewards/accuracies": (margins > 0).mean(),
             "logps/chosen": want["logp"].mean(),
+            "logps/rejected": want["logp_rejected"].mean(),
+            **({"nll_loss": want["nll"].mean()} if loss.nll_weight else {}),
             "entropy": np.asarray(outputs.entropy, np.float64)[trained].mean(),
             "mean_token_accuracy": np.asarray(outputs.correct)[trained & chosen].mean(),
         }.items():
