@@ -104,10 +104,11 @@ _IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 class Tensors:
     """The tensors of a folder's *.safetensors, by name; reads slices, holds files open.
 
-    images: of a model that sees images, its text model's, named as if they were all.
+    images: of a model that sees images, its text model's, named as if they were all. at: what its
+    names begin with.
     """
 
-    def __init__(self, folder: Path, *, images: bool = False):
+    def __init__(self, folder: Path, *, images: bool = False, at: str = ""):
         self.folder = folder
         index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if one.is_file():
@@ -135,9 +136,9 @@ class Tensors:
                 if not images:
                     self._where[stored] = opened, stored
                 elif not _IMAGES.match(stored):
-                    prefix = next((p for p in _TEXT if stored.startswith(p)), "")
-                    name = _TEXT.get(prefix, "") + stored.removeprefix(prefix)
-                    self._where[name] = opened, stored
+                    prefix = next((p for p in _TEXT if stored.startswith(at + p)), None)
+                    text = prefix and at + _TEXT[prefix] + stored.removeprefix(at + prefix)
+                    self._where[text or stored] = opened, stored
 
     def __contains__(self, name: str) -> bool:
         return name in self._where

@@ -9,6 +9,7 @@ tokens its `trainable_token_indices` (or rows of the table, where that is traine
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ _PREFIX = "base_model.model."
 _DELTA = "trainable_tokens_delta"
 _A, _B = "_lora_a", "_lora_b"
 _HEAD = _PREFIX + KEYS["head"].name
+
+
+def _open(folder: Path, spec: Spec) -> Tensors:
+    return Tensors(folder, images=spec.images, at=_PREFIX)
+
+
+def _there(name: str, spec: Spec) -> str:
+    """A name as the base has it that PEFT wraps: in one that sees images, the text model lies
+    deeper."""
+    text = r"\1model.language_model."
+    return re.sub(rf"^({re.escape(_PREFIX)})?model\.", text, name) if spec.images else name
 
 
 def _names(module: str) -> tuple[str, str]:
@@ -123,8 +135,9 @@ def save(
     if jax.process_index() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = {_there(n, spec): np.ascontiguousarray(array) for n, array in tensors.items()}
+    save_file(tensors, folder / f"{WEIGHTS}.partial", metadata={"format": "pt"})
+    (folder / f"{WEIGHTS}.partial").replace(folder / WEIGHTS)
     rows = {_rows_name(path).split(".")[-3]: list(new_ids) for path in own_rows}
     config = {
         "peft_type": "LORA",
@@ -136,7 +149,7 @@ def save(
         "use_rslora": cfg.rslora,
         "target_modules": _targets(found, spec),
         **fused.patterns(found, spec, cfg),
-        "modules_to_save": sorted(modules) or None,
+        "modules_to_save": sorted(_there(name, spec) for name in modules) or None,
         "trainable_token_indices": rows or None,
         "ensure_weight_tying": tied,
         "bias": "none",
@@ -148,15 +161,18 @@ def save(
 
 
 def _targets(found: Iterable[Group], spec: Spec) -> list[str]:
-    """Modules by their last name where all layers have an adapter there, else in full."""
+    """Modules by their last name where all layers have an adapter there, else in full; in full too
+    where others, of images, have the same last names."""
     modules = [
         name.removesuffix(".weight")
         for group in found
         for _, name in file_names(group.paths[0], spec)
     ]
     last = [module.rpartition(".")[2] for module in modules]
-    whole = {name for name in last if last.count(name) == spec.layers}
-    return sorted({n if n in whole else m for m, n in zip(modules, last, strict=True)})
+    whole = {name for name in last if last.count(name) == spec.layers and not spec.images}
+    return sorted(
+        {n if n in whole else _there(m, spec) for m, n in zip(modules, last, strict=True)}
+    )
 
 
 def read_config(folder: Path, paths: Sequence[str], spec: Spec) -> LoraConfig:
@@ -167,7 +183,7 @@ def read_config(folder: Path, paths: Sequence[str], spec: Spec) -> LoraConfig:
     raw, wrong = fields(folder)
     if wrong:
         raise ConfigError("\n    ".join(wrong))
-    tensors = Tensors(folder)
+    tensors = _open(folder, spec)
     targets = [
         path
         for path in paths
@@ -193,7 +209,7 @@ def load(
     """
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder}: no {WEIGHTS}; a PEFT adapter saved as pickle is not read")
-    tensors, leaves, raw = Tensors(folder), dict(flat(params)), read_json(folder / CONFIG)
+    tensors, leaves, raw = _open(folder, spec), dict(flat(params)), read_json(folder / CONFIG)
     placed = _placed(leaves, spec)
     found = fused.groups(_adapted(leaves), placed, spec)
     whole = [
