@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from posttrain.config import Config, semantic
 
@@ -31,6 +31,12 @@ class LoraConfig(Config):
     quantize: Literal["none", "int8", "nf4"] = semantic(
         "none", help="how the frozen matrices are kept (QLoRA); needs posttrain[qlora]"
     )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _as_peft_has_them(cls, value: Any) -> Any:
+        """One pattern is a list of one; PEFT's word for all matrices is *."""
+        return ["*" if value == "all-linear" else value] if isinstance(value, str) else value
 
     @property
     def adapter(self) -> Adapter:

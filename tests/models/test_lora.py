@@ -163,6 +163,8 @@ def test_targets_are_patterns_of_matrices(tmp_path: Path) -> None:
             ("attention/*",): {"q", "k", "v", "o"},
             ("layers/0/mlp/[gu]*",): {"gate", "up"},
             ("q_proj", "mlp.down_proj", "model.layers.*.v_proj"): {"q", "down", "v"},
+            "q_proj": {"q"},
+            "all-linear": {"q", "k", "v", "o", "gate", "up", "down"},
         }.items():
             params = flat(with_adapters(tmp_path, mesh, targets=targets)[1])
             found = {p.rpartition("/")[2] for p in params if p.endswith("_lora_a")}
