@@ -257,13 +257,18 @@ class TensorWriter:
     def __enter__(self) -> TensorWriter:
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            for file in self._files:
-                with suppress(OSError):  # what it still held is not wanted
-                    file.close()
-            for name in self._names:
-                (self._folder / (name + ".partial")).unlink(missing_ok=True)
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        if kind is None:
+            return
+        for file in self._files:
+            with suppress(OSError):  # what it still held is not wanted
+                file.close()
+        for name in self._names:
+            (self._folder / (name + ".partial")).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(
+                error.errno, error.strerror, str(self._folder)
+            ) from error  # of a full disk
 
     def finish(self) -> None:
         """All are written: gives the files their names, and an index where they are several.

@@ -41,7 +41,7 @@ def test_a_full_disk_leaves_the_earlier_export_and_nothing_else(
 ) -> None:
     export(tmp_path, 1, several=several)
     before = names(tmp_path)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
         export(tmp_path, 2, several=not several, until="c")
     assert names(tmp_path) == before
     assert found(tmp_path) == {1}
