@@ -265,10 +265,8 @@ class TensorWriter:
                 file.close()
         for name in self._names:
             (self._folder / (name + ".partial")).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(
-                error.errno, error.strerror, str(self._folder)
-            ) from error  # of a full disk
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk
+            raise OSError(error.errno, error.strerror, str(self._folder)) from error
 
     def finish(self) -> None:
         """All are written: gives the files their names, and an index where they are several.
