@@ -155,7 +155,11 @@ class Forward:
             return micro
         plain = dataclasses.replace(self, key=None)
         said = plain.outputs(jax.lax.stop_gradient(reference), micro)
-        return dataclasses.replace(micro, reference_logps=said.logps)
+        # No log-prob is over 1: the tokens stay, and depend on what the reference said, so that the
+        # policy's pass comes after its pass. Side by side, each may wait on some devices of a CPU
+        # for a collective of the other.
+        tokens = jnp.where(said.logps.max() > 1, 0, micro.tokens)
+        return dataclasses.replace(micro, tokens=tokens, reference_logps=said.logps)
 
     def outputs(
         self, params: Any, micro: Batch, needs: frozenset[str] = frozenset()
