@@ -153,6 +153,8 @@ def look(cfg: Config) -> Rows:
             for name in {*both, cfg.column} & row.value.keys():
                 taken[name] += 1
                 first.setdefault(name, place)
+    if not count:
+        raise ConfigError(f"input: {cfg.input} has no rows: there is nothing to score")
     kind = kind or "samples"  # of which preparing says what it misses
     columns = both if kind == "pairs" else (cfg.column,)
     for name in columns:
@@ -241,7 +243,8 @@ def copy(cfg: Config, rows: Rows, cache: Any, scores: Any, file: IO[str]) -> Non
             if at < len(scores) and cache.place(at) == (place := f"{row.file}:{row.line}"):
                 found = scores[at : at + sides]
                 if not np.isfinite(found).all():
-                    raise ValueError(f"{place}: its score is {found[0]}: are the weights whole?")
+                    wrong = found[~np.isfinite(found)][0]
+                    raise ValueError(f"{place}: its score is {wrong}: are the weights whole?")
                 line |= zip(rows.columns, found.tolist(), strict=True)
                 at += sides
             file.write(_line(line) + "\n")

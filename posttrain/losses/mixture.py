@@ -20,6 +20,13 @@ class Part(Config):
     weight: float = semantic(1.0, gt=0, help="what its terms are multiplied by")
     loss: Annotated[PairLoss, variant(PAIR_LOSSES)] = semantic(help="a loss on pairs")
 
+    @field_validator("loss")
+    @classmethod
+    def _alone(cls, loss: PairLoss) -> PairLoss:
+        if hasattr(loss, "statistic"):
+            raise ValueError(f"{type(loss).__name__} needs a statistic of the step: use it alone")
+        return loss
+
 
 class Mixture(PreferenceLoss):
     """A weighted sum of losses of the same pairs.

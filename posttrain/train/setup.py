@@ -20,7 +20,6 @@ from posttrain.config import ConfigError, plain_dict
 from posttrain.data.cache import Cache
 from posttrain.data.plan import Plan
 from posttrain.data.prepare import files_of
-from posttrain.losses.base import PreferenceLoss
 from posttrain.metrics import Writer
 from posttrain.models.nested import join
 from posttrain.models.spec import HeadName
@@ -29,6 +28,7 @@ from posttrain.train import evaluate, loop
 from posttrain.train.config import EvalConfig, ReferenceSync
 from posttrain.train.evaluate import HeldOut
 from posttrain.train.export import export, save_adapter
+from posttrain.train.first_lines import say
 from posttrain.train.model import Model, open_model, use_compile_cache
 from posttrain.train.offline import OfflineSource, step_size
 from posttrain.train.parts import Parts
@@ -186,7 +186,7 @@ def _train(
     )
     writer = Writer(cfg.run_dir, cfg.log, primary=is_primary(), resumed_at=start)
     source = OfflineSource(cache, plan, mesh, start, reference=references.stores[0])
-    _say(cfg, plan, model, mesh, start, began, describe(state.params, frozen) if frozen else None)
+    say(cfg, plan, model, mesh, start, began, describe(state.params, frozen) if frozen else None)
     run = loop.Run(
         folder=cfg.run_dir,
         spec=model.spec,
@@ -228,70 +228,6 @@ def _free(tree: Any, *, but: Any) -> None:
     for array in jax.tree.leaves(tree):
         if id(array) not in kept and not array.is_deleted():
             array.delete()
-
-
-def _say(
-    cfg: Any, plan: Plan, model: Model, mesh: jax.sharding.Mesh, start: int, began: float,
-    split: str | None,
-) -> None:  # fmt: skip
-    if not is_primary():
-        return
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    for line in (
-        f"model: {model.spec.title}, {model.spec.parameters:,} parameters, {cfg.model.path}",
-        *([split] if split else []),
-        *_base_lines(cfg),
-        f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {shape}",
-        plan.describe(),
-        _head_line(model, plan),
-        *coupling_lines(cfg),
-        *(f"learning rate: {warning}" for warning in _rate_warnings(cfg, plan)),
-        f"{'continuing at' if start else 'starting at'} step {start}, "
-        f"{time.monotonic() - began:.1f} s after the start",
-    ):
-        print(line, flush=True)
-
-
-def _base_lines(cfg: Any) -> list[str]:
-    if not cfg.lora or (cfg.model.param_dtype, cfg.model.dtype) != ("float32", "bfloat16"):
-        return []
-    return [
-        "base: kept in float32, and multiplied in bfloat16: model.param_dtype=bfloat16 halves it "
-        "(adapters stay float32)"
-    ]
-
-
-def _rate_warnings(cfg: Any, plan: Plan) -> list[str]:
-    found = optim.warnings(cfg.optim, plan.steps)
-    if cfg.job == "sft" and cfg.lora and cfg.optim.lr == optim.OptimConfig().lr:
-        found.append(
-            f"{cfg.optim.lr:g} is the default, a rate for whole models; adapters take about ten "
-            "times as much"
-        )
-    return found
-
-
-def coupling_lines(cfg: Any) -> list[str]:
-    """What several micro-batches mean to a loss that couples their examples."""
-    parts = cfg.batch.accumulate
-    if parts == 1 or not isinstance(cfg.loss, PreferenceLoss) or not cfg.loss.coupled:
-        return []
-    if cfg.loss.coupled == "step":
-        said = f"a forward pass over the step comes before its {parts} micro-batches"
-        return [f"loss: what couples its examples is of the whole step: {said}"]
-    of_all = cfg.batch.examples
-    return [
-        f"loss: a term is of the examples of its micro-batch together: {parts} micro-batches of "
-        f"{of_all / parts:g} are not the loss of one of {of_all}"
-    ]
-
-
-def _head_line(model: Model, plan: Plan) -> str:
-    if model.spec.head == "lm":
-        return f"vocabulary head: at most {plan.head_budget():,} trained tokens in a shard's rows"
-    if model.new_head:
-        return f"score head: new, random with standard deviation {model.spec.init_std:g}"
-    return "score head: the model's"
 
 
 def _evaluation(

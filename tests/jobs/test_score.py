@@ -291,6 +291,8 @@ def test_what_is_no_reward_model_is_told_by_file_and_field(
         run([*keys, f"model.path={plain}"], file)
     with pytest.raises(ConfigError, match=r"input: .*none\.jsonl: no such file"):
         run(keys, tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match=r"input: .*empty\.jsonl has no rows"):
+        run(keys, write(tmp_path / "empty.jsonl", []))
     with pytest.raises(ConfigError, match=r"name that ends in \.jsonl"):
         run(keys, file, f"out={tmp_path / 'scored.parquet'}")
     with pytest.raises(ConfigError, match="a folder: name a file in it"):

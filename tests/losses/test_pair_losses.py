@@ -18,7 +18,7 @@ from posttrain.losses.dpo import DPO, DiscoPOP, RobustDPO, SigmoidNorm
 from posttrain.losses.exo import EXOPair
 from posttrain.losses.hinge import Hinge
 from posttrain.losses.ipo import IPO, SPPOHard
-from posttrain.losses.mixture import Mixture
+from posttrain.losses.mixture import Mixture, Part
 from posttrain.losses.nca import NCAPair
 from posttrain.losses.orpo import ORPO
 from posttrain.losses.pair_loss import MarginLoss, PairLoss
@@ -152,6 +152,15 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts() -> None:
     )
     assert mixture.coupled == ""
     assert Mixture.model_validate({"parts": [{"loss": {"type": "aot"}}, *parts]}).coupled
+
+
+def test_a_part_is_made_of_its_pairs_alone() -> None:
+    class OfTheStep(DPO):
+        def statistic(self) -> None:
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="OfTheStep needs a statistic of the step: use it alone"):
+        Part(loss=OfTheStep())
 
 
 def test_sorting_leaves_out_what_is_no_pair() -> None:

@@ -23,7 +23,7 @@ from posttrain.losses.kto import KTO
 from posttrain.losses.mixture import Mixture
 from posttrain.losses.unpaired import UnpairedLoss
 from posttrain.train.evaluate import HeldOut
-from posttrain.train.setup import coupling_lines
+from posttrain.train.first_lines import coupling_lines, router_lines, sync_lines
 from posttrain.train.step import Coupled, Forward, eval_step_fn, whole_fn
 from posttrain.types import Batch, DataKind, Example, Mean, Statistic, Terms, TokenOutputs
 from tests.models.tiny import mesh_of, open_tiny
@@ -179,12 +179,32 @@ def test_held_out_figures_are_of_the_set_and_not_of_its_batches(folder: Path) ->
         assert cut[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+def config(loss: str, **sections: Any) -> preference.Config:
+    given = {"model": {"path": "m"}, "data": {"sources": {"a": {"path": "a"}}}}
+    given |= {"loss": {"type": loss}, "batch": {"examples": 8}}
+    return preference.Config.model_validate({**given, **sections})
+
+
 def test_what_accumulation_means_to_a_coupled_loss_is_said() -> None:
     def said(loss: str, accumulate: int) -> list[str]:
-        batch = {"examples": 8, "accumulate": accumulate}
-        given = {"model": {"path": "m"}, "data": {"sources": {"a": {"path": "a"}}}, "batch": batch}
-        return coupling_lines(preference.Config.model_validate({**given, "loss": {"type": loss}}))
+        return coupling_lines(config(loss, batch={"examples": 8, "accumulate": accumulate}))
 
     assert "micro-batch together: 4 micro-batches of 2 are not the loss" in said("aot", 4)[0]
     assert "of the whole step: a forward pass over the step" in said("kto", 2)[0]
     assert said("aot", 1) == said("kto", 1) == said("dpo", 4) == []
+
+
+def test_what_a_trained_router_costs_is_said() -> None:
+    batch = {"examples": 8, "accumulate": 4}
+    [line] = router_lines(config("dpo", batch=batch, train={"router_z": 0.001}))
+    assert "before its 4 micro-batches" in line
+    assert router_lines(config("dpo", batch=batch)) == []
+    assert router_lines(config("dpo", train={"router_z": 0.001})) == []
+
+
+def test_a_reference_that_never_moves_is_told() -> None:
+    synced = config("dpo", reference="live", reference_sync={"every": 50})
+    assert sync_lines(synced, 50) == [
+        "reference: it never moves: reference_sync.every is 50 of 50 steps"
+    ]
+    assert sync_lines(synced, 51) == sync_lines(config("dpo"), 5) == []

@@ -1,0 +1,100 @@
+"""The first lines of an offline run: what it is, and what may surprise in its config."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+
+from posttrain import optim
+from posttrain.checkpoint import is_primary
+from posttrain.data.plan import Plan
+from posttrain.losses.base import PreferenceLoss
+from posttrain.train.model import Model
+
+
+def say(
+    cfg: Any, plan: Plan, model: Model, mesh: jax.sharding.Mesh, start: int, began: float,
+    split: str | None,
+) -> None:  # fmt: skip
+    """Prints them in process 0. began: by time.monotonic. split: which parameters are trained."""
+    if not is_primary():
+        return
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    for line in (
+        f"model: {model.spec.title}, {model.spec.parameters:,} parameters, {cfg.model.path}",
+        *([split] if split else []),
+        *_base_lines(cfg),
+        f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {shape}",
+        plan.describe(),
+        _head_line(model, plan),
+        *coupling_lines(cfg),
+        *router_lines(cfg),
+        *sync_lines(cfg, plan.steps),
+        *(f"learning rate: {warning}" for warning in _rate_warnings(cfg, plan)),
+        f"{'continuing at' if start else 'starting at'} step {start}, "
+        f"{time.monotonic() - began:.1f} s after the start",
+    ):
+        print(line, flush=True)
+
+
+def _base_lines(cfg: Any) -> list[str]:
+    if not cfg.lora or (cfg.model.param_dtype, cfg.model.dtype) != ("float32", "bfloat16"):
+        return []
+    return [
+        "base: kept in float32, and multiplied in bfloat16: model.param_dtype=bfloat16 halves it "
+        "(adapters stay float32)"
+    ]
+
+
+def _rate_warnings(cfg: Any, plan: Plan) -> list[str]:
+    found = optim.warnings(cfg.optim, plan.steps)
+    if cfg.job == "sft" and cfg.lora and cfg.optim.lr == optim.OptimConfig().lr:
+        found.append(
+            f"{cfg.optim.lr:g} is the default, a rate for whole models; adapters take about ten "
+            "times as much"
+        )
+    return found
+
+
+def router_lines(cfg: Any) -> list[str]:
+    """What several micro-batches cost where a router is trained."""
+    weighted = cfg.train.router_balance or cfg.train.router_z
+    if not weighted or cfg.batch.accumulate == 1:
+        return []
+    return [
+        "router: its losses are of the whole step: a forward pass over the step comes before its "
+        f"{cfg.batch.accumulate} micro-batches"
+    ]
+
+
+def sync_lines(cfg: Any, steps: int) -> list[str]:
+    """What a reference is that follows too late."""
+    sync = cfg.reference_sync if cfg.job == "preference" else None
+    if sync is None or sync.every < steps:
+        return []
+    return [f"reference: it never moves: reference_sync.every is {sync.every} of {steps} steps"]
+
+
+def coupling_lines(cfg: Any) -> list[str]:
+    """What several micro-batches mean to a loss that couples their examples."""
+    parts = cfg.batch.accumulate
+    if parts == 1 or not isinstance(cfg.loss, PreferenceLoss) or not cfg.loss.coupled:
+        return []
+    if cfg.loss.coupled == "step":
+        said = f"a forward pass over the step comes before its {parts} micro-batches"
+        return [f"loss: what couples its examples is of the whole step: {said}"]
+    of_all = cfg.batch.examples
+    return [
+        f"loss: a term is of the examples of its micro-batch together: {parts} micro-batches of "
+        f"{of_all / parts:g} are not the loss of one of {of_all}"
+    ]
+
+
+def _head_line(model: Model, plan: Plan) -> str:
+    if model.spec.head == "lm":
+        return f"vocabulary head: at most {plan.head_budget():,} trained tokens in a shard's rows"
+    if model.new_head:
+        return f"score head: new, random with standard deviation {model.spec.init_std:g}"
+    return "score head: the model's"
