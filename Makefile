@@ -17,10 +17,10 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest -m parity
+	$(BIN)/python -m pytest -m parity --numprocesses $(WORKERS) --dist loadfile
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak --numprocesses $(WORKERS) --dist loadfile
 
 # PEERS=trl: compared with TRL too, which the parity environment installs
 bench: $(VENV)/$(if $(PEERS),.parity,.dev)
