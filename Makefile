@@ -13,7 +13,9 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.run
 	$(BIN)/posttrain demo
 
+# compiled without optimisation: tests compile much and run little
 test: $(VENV)/.dev
+	XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)" \
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 parity: $(VENV)/.parity
