@@ -1,6 +1,7 @@
 """Every type that crosses a folder. numpy only: the data tools run without JAX.
 
 What flows: Conversation | Text -> Example -> Batch -> TokenOutputs -> Terms -> dict[str, Mean].
+Online: Prompt -> Rollout -> Batch, and on as above.
 
 Shape suffixes: A micro-batches of a step, B rows, T positions of a row, S segments of a row.
 
@@ -81,6 +82,48 @@ class Example:
     label: int = -1  # 1 desirable, 0 not, -1 not labelled, TWIN
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model is asked, and what only those who judge the answer know."""
+
+    id: str  # unique, and the same in every run: "gsm8k/train/17"
+    messages: tuple[Message, ...]  # the last of them asks
+    answer: Any = None  # JSON: the right answer, tests, constraints: what rewards compare with
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""  # the task that it belongs to
+
+
+Finish = Literal["stop", "length", "turns"]
+"""Why an answer ended: by itself, at the limit of tokens, or at the limit of turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One answer to a prompt. The ids are those that were sampled: nothing is tokenised again.
+
+    Where nobody trains on it (an answer from a server or from a file) the arrays may be empty.
+    """
+
+    prompt: Prompt
+    messages: tuple[Message, ...]  # what followed the prompt; the last is the assistant's
+    text: str  # of the last turn as it was sampled, without its stop token
+    finish: Finish
+    tokens: np.ndarray  # int32 [n]: the prompt, what was sampled, what tools returned
+    loss_weights: np.ndarray  # float32 [n]; 1 where the token was sampled, else 0
+    logps: np.ndarray  # float32 [n]; of sampled tokens, by the distribution drawn from; else 0
+    plain_logps: np.ndarray  # float32 [n]; likewise, by the model itself
+    group: int = 0  # answers to one prompt of one round share it
+    version: int = 0  # updates that the policy had seen when the answer was begun
+    rewards: Mapping[str, float | None] = field(default_factory=dict)  # by part, as it was given
+    reward: float = 0.0  # the shaped, weighted sum
+
+    @property
+    def length(self) -> int:
+        """How many tokens were sampled."""
+        return int(np.count_nonzero(self.loss_weights))
+
+
 @dataclass(frozen=True)
 class Batch:
     """One optimiser step's input: A micro-batches of B rows. A pytree (see sharding.py).
@@ -101,6 +144,12 @@ class Batch:
     reference_logps: Any = None  # float32 [A, B, T]; of trained tokens by the reference, else 0
     labels: Any = None  # int8 [A, B, S]; of each segment's example, -1 likewise
     margins: Any = None  # float32 [A, B, S]; of the segment's pair, 0 where none was given
+    # Of rollouts, None elsewhere; 0 where a token was not sampled.
+    advantages: Any = None  # float32 [A, B, T]
+    old_logps: Any = None  # float32 [A, B, T]; by the policy before the first update on the batch
+    sampled_logps: Any = None  # float32 [A, B, T]; of the distribution the sampler drew from
+    returns: Any = None  # float32 [A, B, T]; what a critic learns to foretell
+    old_values: Any = None  # float32 [A, B, T]; what it foretold before the first update
 
 
 @dataclass(frozen=True)
@@ -112,6 +161,7 @@ class TokenOutputs:
     correct: Any = None  # float32 [B, T]; 1 where token t was the most probable one
     log_sum_sq: Any = None  # float32 [B, T]; log sum_v p(v)^2 of the same distribution
     scores: Any = None  # float32 [B, S]; a reward model's value of each segment, 0 where none is
+    values: Any = None  # float32 [B, T]; a critic's, of what comes from token t on, 0 where none is
     routing: Any = None  # Routing, of each layer that is a mixture of experts
 
 
@@ -163,7 +213,7 @@ Statistic = Mapping[str, Mean]
 
 @dataclass(frozen=True)
 class Terms:
-    """What a loss makes of one micro-batch: sum(weights * values) / sum(weights), over the step.
+    """What a loss makes of one micro-batch: sum(weights * values) / count, over the step.
 
     The three arrays have one shape: [B, T] where the terms are tokens, [P] where they are pairs,
     [B, S] where they are segments.
@@ -173,3 +223,4 @@ class Terms:
     weights: Any  # float32; 0 where there is no term
     source_ids: Any  # int32; the source a term belongs to, -1 for none
     metrics: dict[str, Any]  # Mean or Extremes
+    count: Any = None  # float32 scalar: this micro-batch's part of it; None: sum(weights)
