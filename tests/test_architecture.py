@@ -38,6 +38,7 @@ REGISTRIES = {
         {"base", "pairs", "pair_loss", "unpaired", "mixture"},
     ),
     "data/formats": (("FORMATS",), {"base"}),
+    "tasks": (("TASKS",), {"base", "files"}),
     "doctor": (("CHECKS",), {"base"}),
 }
 NOT_FOR_CONFIG_MODULES = {
