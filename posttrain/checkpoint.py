@@ -15,9 +15,10 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import jax
@@ -28,6 +29,8 @@ from posttrain.config import Config, ConfigError, runtime, semantic
 
 EXTENDABLE = ("train.steps", "train.epochs")
 """Semantic keys that a later start of the run may raise: a finished run can be extended."""
+_SOURCE = "source of batches"
+"""Where it stands, among a checkpoint's metadata: no key of a config has spaces."""
 
 
 def _mounted(value: Any) -> Any:
@@ -209,10 +212,19 @@ class Checkpoints:
         """Whether `checkpoint.every` asks for one after this many updates."""
         return step % self._every == 0
 
-    def save(self, step: int, state: Any) -> None:
-        """Copies the arrays, writes in the background: the caller may donate them at once."""
+    def save(self, step: int, state: Any, source: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Copies the arrays, writes in the background: the caller may donate them at once.
+
+        source: what the source of batches goes on from, where the step does not say it (JSON).
+        """
         if self.latest() != step:
-            self._orbax.save_async(step, state, force=True, custom_metadata=self._record)
+            record = {**(self._record or {}), **({_SOURCE: dict(source)} if source else {})}
+            self._orbax.save_async(step, state, force=True, custom_metadata=record or None)
+
+    def source(self, step: int) -> dict[str, Any]:
+        """What was saved with the state of a step for the source of batches."""
+        record: Any = self._orbax.metadata(step).custom_metadata or {}
+        return record.get(_SOURCE, {})
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Any:
         """The state of a step (the latest), laid out as abstract_state says, on any mesh."""

@@ -150,6 +150,18 @@ def test_only_the_latest_and_the_kept_multiples_stay(tmp_path: Path) -> None:
     assert checkpoint.saved_steps(tmp_path) == [4, 6, 7]
 
 
+def test_what_the_source_of_batches_goes_on_from_is_saved_with_the_state(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=3), {"lr": 1.0})
+    for step in (1, 2):
+        said = {"round": 7, "shape": [2, 3]} if step == 2 else {}
+        checkpoints.save(step, {"x": jnp.zeros(2)}, said)
+    checkpoints.close()
+    again = Checkpoints(tmp_path, CheckpointConfig())
+    assert again.source(2) == {"round": 7, "shape": [2, 3]}
+    assert again.source(1) == {}
+    again.close()
+
+
 def test_init_from_takes_the_parameters_alone(tmp_path: Path) -> None:
     saver = Checkpoints(tmp_path, CheckpointConfig())
     state = state_on(sharding.make_mesh(sharding.MeshConfig()), P())

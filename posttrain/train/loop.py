@@ -26,12 +26,13 @@ from posttrain import metrics as reporting
 from posttrain.checkpoint import Checkpoints
 from posttrain.metrics import LogConfig, Progress, Writer
 from posttrain.models.spec import Spec
-from posttrain.train.offline import OfflineSource
-from posttrain.train.state import TrainState
-from posttrain.train.throughput import PEAK_TFLOPS, StepSize, train_flops
+from posttrain.train.source import BatchSource, Told
+from posttrain.train.throughput import PEAK_TFLOPS, train_flops
 
 WATCHED = ("rewards/accuracies", "rewards/margins", "accuracy", "margin")
 """Metrics that the terminal shows beside the loss, where there are any."""
+WATCHED_ONLINE = ("reward", "entropy", "kl", "accuracy")
+"""Likewise of steps on sampled answers."""
 PREEMPTED = 75
 """Exit code of a run that was told to stop and saved: start it again and it goes on."""
 
@@ -92,8 +93,8 @@ class Run:
 
     folder: Path
     spec: Spec
-    train_step: Callable[..., tuple[TrainState, reporting.Metrics]]
-    """(state, batch, reference, frozen) -> (state, metrics)."""
+    train_step: Callable[..., tuple[Any, reporting.Metrics]]
+    """(state, batch, reference, frozen) -> (state, metrics); a state has a `step`."""
     reference: Any
     """The parameters of a live reference; None: there is none."""
     synced: bool
@@ -102,16 +103,13 @@ class Run:
     """The parameters that are not trained."""
     adapters: bool
     """Whether the model is among these, and adapters are trained."""
-    source: OfflineSource
-    size: Callable[[int], StepSize]
+    source: BatchSource
     total_steps: int
-    epochs_after: Callable[[int], float]
-    """Step (from 0) -> epochs seen once it is done."""
     source_names: list[str]
     checkpoints: Checkpoints
     writer: Writer
     log: LogConfig
-    evaluate: Callable[[TrainState, int], dict[str, float]] | None
+    evaluate: Callable[[Any, int], dict[str, float]] | None
     """(state, step) -> metrics; called every eval_every steps and at the end."""
     eval_every: int | None
     tokens_before: int
@@ -124,11 +122,11 @@ class _Step:
 
     number: int
     metrics: reporting.Metrics
-    size: StepSize
+    told: Told
     waited: float
 
 
-def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
+def train(run: Run, state: Any) -> tuple[Any, bool]:
     """Runs from state.step to run.total_steps; (final state, whether it was preempted).
 
     Raises FloatingPointError at the first loss or gradient that is not finite: such a state is
@@ -146,12 +144,12 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
         for step in range(start + 1, run.total_steps + 1):
             trace.before(step, state)
             waited = run.source.waited
-            batch = run.source.next()
+            batch = run.source.next(state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, device_metrics = run.train_step(state, batch, run.reference, run.frozen)
             waited = run.source.waited - waited
-            pending.append(_Step(step, device_metrics, run.size(step - 1), waited))
-            if len(pending) > 1:
+            pending.append(_Step(step, device_metrics, run.source.told(), waited))
+            while len(pending) > run.source.ahead:
                 reporter.report(pending.popleft())
             trace.after(step, device_metrics)
             stopped = preemption.reached()
@@ -164,7 +162,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, bool]:
                     reporter.report(pending.popleft())
                 with reporter.paused():
                     if run.checkpoints.due(step) or last or stopped:
-                        run.checkpoints.save(step, state)
+                        run.checkpoints.save(step, state, run.source.save(step))
                     if evaluates and run.evaluate is not None and not stopped:
                         found = run.evaluate(state, step)
                         run.writer.write(step, found)
@@ -201,20 +199,25 @@ class _Reporter:
         self._clock += seconds
 
     def report(self, step: _Step) -> None:
-        run, size = self._run, step.size
+        run, told, size = self._run, step.told, step.told.size
         flat = reporting.flatten(jax.device_get(step.metrics), run.source_names)
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         self._tokens += size.tokens
         flat |= {
-            "epoch": run.epochs_after(step.number - 1),
+            "epoch": told.epochs,
             "num_tokens": self._tokens,
             "examples": size.examples,
             "packing_efficiency": size.tokens / size.positions,
             "seconds": seconds,
             "data_wait_seconds": step.waited,
             **self._memory(),
+            **told.metrics,
         }
+        watched = WATCHED
+        if told.apart is not None:  # rates are of the training alone
+            watched, seconds = WATCHED_ONLINE, max(seconds - told.apart, 1e-9)
+            flat["time/training"] = seconds
         if self._steps:  # the first step's time is mostly compilation: it gives no rate
             live = run.reference is not None or run.synced
             flops = (
@@ -231,7 +234,7 @@ class _Reporter:
         self._steps += 1
         run.writer.write(step.number, flat)
         shown = [f"loss {flat.get('loss', math.nan):.4f}"]
-        shown += [f"{name} {flat[name]:.3f}" for name in WATCHED if name in flat]
+        shown += [f"{name} {flat[name]:.3f}" for name in watched if name in flat]
         shown += [f"lr {flat['learning_rate']:.2e}"]
         if "tokens_per_second" in flat:
             shown += [f"{flat['tokens_per_second']:,.0f} tok/s"]
@@ -292,6 +295,6 @@ class _Trace:
 
 
 def _evaluation_line(step: int, metrics: dict[str, float]) -> str:
-    ends = tuple(f"/{name}" for name in ("loss", *WATCHED))
+    ends = tuple(f"/{name}" for name in ("loss", *WATCHED, "reward"))
     shown = [f"{k} {v:.4f}" for k, v in metrics.items() if k.endswith(ends)]
     return f"evaluation at step {step}: " + ", ".join(shown)

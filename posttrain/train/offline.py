@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from posttrain import sharding
 from posttrain.data.pipeline import Pipeline, Reference
 from posttrain.data.plan import Plan
+from posttrain.train.source import Told
 from posttrain.train.throughput import StepSize
 from posttrain.types import Batch
 
@@ -53,7 +55,7 @@ class OfflineSource:
         *,
         reference: Reference | None = None,
     ):
-        self._mesh, self._plan = mesh, plan
+        self._mesh, self._plan, self._next = mesh, plan, start
         self._rows = local_rows(mesh, plan.micro_rows)
         self._pipeline = Pipeline(examples, plan, rows=self._rows, start=start, reference=reference)
 
@@ -62,10 +64,26 @@ class OfflineSource:
         """Seconds that next() stood still because no batch was ready."""
         return self._pipeline.seconds_waited
 
-    def next(self) -> Batch:
-        """The next step's batch as global arrays. Raises whatever the loader met."""
+    @property
+    def ahead(self) -> int:
+        """One step: a batch depends on none before it."""
+        return 1
+
+    def next(self, state: Any = None) -> Batch:
+        """The next step's batch as global arrays; the state has no part in it. Raises whatever the
+        loader met."""
         batch = next(self._pipeline)
+        self._next += 1
         return to_mesh(batch, self._mesh, self._rows, self._plan.micro_rows)
+
+    def told(self) -> Told:
+        """Of the batch given last: what the plan says of it."""
+        step = self._next - 1
+        return Told(step_size(self._plan, step), self._plan.epochs_after(step))
+
+    def save(self, step: int) -> Mapping[str, Any]:
+        """Nothing: the number of the step says it all."""
+        return {}
 
     def close(self) -> None:
         """Ends the loader's threads."""
