@@ -34,9 +34,20 @@ RANKS = {
 # folder -> (its dict literals, files that only help the registered ones)
 REGISTRIES = {
     "losses": (
-        ("LOSSES", "PAIR_LOSSES", "UNPAIRED_LOSSES", "REWARD_LOSSES"),
-        {"base", "pairs", "pair_loss", "unpaired", "mixture"},
+        (
+            "LOSSES",
+            "PAIR_LOSSES",
+            "UNPAIRED_LOSSES",
+            "REWARD_LOSSES",
+            "POLICY_LOSSES",
+            "VALUE_LOSSES",
+        ),
+        {
+            *{"base", "pairs", "pair_loss", "unpaired", "mixture"},
+            *{"policy_loss", "policy_tokens", "correction", "kl"},
+        },
     ),
+    "advantages": (("ADVANTAGES",), {"base"}),
     "data/formats": (("FORMATS",), {"base"}),
     "tasks": (("TASKS",), {"base", "files"}),
     "doctor": (("CHECKS",), {"base"}),

@@ -2,12 +2,12 @@
 
 A loss is a Config class with
   needs: frozenset[str]  what it reads of "logps", "entropy", "correct", "log_sum_sq" (TokenOutputs;
-                         a reward model's has "scores" alone) and "reference_logps" (Batch: cached,
-                         or made by a live reference)
+                         a reward model's has "scores" alone, a critic's "values") and
+                         "reference_logps" (Batch: cached, or made by a live reference)
   __call__(outputs: TokenOutputs, batch: Batch of one micro-batch) -> Terms
 A preference loss is a PreferenceLoss (base.py); one on pairs a PairLoss with a `per_pair`. One that
 couples the examples of a step makes a `statistic` of each micro-batch and is handed their sum as a
-third argument (train/step.py).
+third argument (train/step.py). A policy loss is a PolicyLoss (policy_loss.py) with a `per_token`.
 A new one is a file and a line below; `pkg.module:Class` in a config reaches outside the tree.
 """
 
@@ -18,6 +18,8 @@ from posttrain.losses.aot import AOT, AOTUnpaired
 from posttrain.losses.apo import APODown, APOZero, APOZeroUnpaired
 from posttrain.losses.bco import BCO, BCOPair
 from posttrain.losses.bradley_terry import BradleyTerry
+from posttrain.losses.cispo import CISPO
+from posttrain.losses.clip import Clip
 from posttrain.losses.cpo import CPO
 from posttrain.losses.dpo import DPO, DiscoPOP, RobustDPO, SigmoidNorm
 from posttrain.losses.exo import EXOPair
@@ -28,8 +30,11 @@ from posttrain.losses.nca import NCAPair
 from posttrain.losses.nll import NLL
 from posttrain.losses.orpo import ORPO
 from posttrain.losses.pair_loss import PairLoss
+from posttrain.losses.policy_loss import PolicyLoss
+from posttrain.losses.reinforce import Reinforce
 from posttrain.losses.simpo import SimPO
 from posttrain.losses.unpaired import UnpairedLoss
+from posttrain.losses.value import SquaredError
 
 LOSSES: dict[str, type[Config]] = {
     "nll": NLL,
@@ -63,4 +68,14 @@ UNPAIRED_LOSSES: dict[str, type[UnpairedLoss]] = {
 
 REWARD_LOSSES: dict[str, type[Config]] = {
     "bradley_terry": BradleyTerry,
+}
+
+POLICY_LOSSES: dict[str, type[PolicyLoss]] = {
+    "clip": Clip,
+    "cispo": CISPO,
+    "reinforce": Reinforce,
+}
+
+VALUE_LOSSES: dict[str, type[Config]] = {
+    "squared": SquaredError,
 }

@@ -34,10 +34,10 @@ class NLL(Config):
             "entropy": Mean((outputs.entropy * trained).sum(), trained.sum()),
             "mean_token_accuracy": Mean((outputs.correct * trained).sum(), trained.sum()),
         }
-        return Terms(-outputs.logps, weights, _sources(batch), metrics)
+        return Terms(-outputs.logps, weights, source_of_tokens(batch), metrics)
 
 
-def _sources(batch: Batch) -> Int[Array, "B T"]:
+def source_of_tokens(batch: Batch) -> Int[Array, "B T"]:
     """The source of each token, -1 on padding."""
     segment_BT = jnp.maximum(batch.segment_ids - 1, 0)
     source_BT = jnp.take_along_axis(batch.source_ids, segment_BT, axis=1)
