@@ -1,0 +1,23 @@
+"""Rewards: plain Python, one file per reward; what they are compared with is in the prompt.
+
+A reward is a Reward class (base.py): settings, and __call__(Rollout) -> float | None, where None
+means that it does not apply. A plain function will do where there are no settings. What the parts
+make together is in total.py; who asks them, and in which threads, in scorer.py.
+A new one is a file and a line below; `pkg.module:name` in a config reaches outside the tree.
+"""
+
+from __future__ import annotations
+
+from posttrain.rewards.base import Reward
+from posttrain.rewards.exact import Exact
+from posttrain.rewards.length import Length, Overlong
+from posttrain.rewards.regex import Regex
+from posttrain.rewards.repetition import Repetition
+
+REWARDS: dict[str, type[Reward]] = {
+    "exact": Exact,
+    "regex": Regex,
+    "length": Length,
+    "overlong": Overlong,
+    "repetition": Repetition,
+}

@@ -1,0 +1,148 @@
+"""Answers are scored in threads as they come, and judged together at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from posttrain.config import ConfigError
+from posttrain.rewards.base import Gate, HandedReward, ManyReward, Reward
+from posttrain.rewards.exact import Exact
+from posttrain.rewards.length import Length
+from posttrain.rewards.scorer import RewardError, Scorer
+from posttrain.rewards.total import Shaping, metrics
+from posttrain.types import Rollout
+from tests.rewards.rollouts import rollout
+
+
+class Words(Reward):
+    def __call__(self, rollout: Rollout) -> float | None:
+        return float(len(rollout.text.split())) or None
+
+
+class Fails(Reward):
+    def __call__(self, rollout: Rollout) -> float | None:
+        return 1.0 / (len(rollout.text) - 3)
+
+
+class Meets(Reward):
+    """Comes back only if as many answers as the barrier wants are scored side by side."""
+
+    def __call__(self, rollout: Rollout) -> float | None:
+        barrier.wait(timeout=20)
+        return 1.0
+
+
+class Hangs(Reward):
+    def __call__(self, rollout: Rollout) -> float | None:
+        never.wait(timeout=20)
+        return 0.0
+
+
+class Rank(ManyReward):
+    def many(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        lengths = sorted(len(r.text) for r in rollouts)
+        return [float(lengths.index(len(r.text))) for r in rollouts]
+
+
+class Odd(Reward):
+    def __call__(self, rollout: Rollout) -> float | None:
+        return float("nan")
+
+
+class FromModel(HandedReward):
+    pass
+
+
+barrier, never = threading.Barrier(4), threading.Event()
+
+
+def test_parts_by_name_in_order_and_answers_in_order():
+    parts = {"words": Words(), "rank": Rank(weight=10.0)}
+    given = [rollout("a b c"), rollout("a"), rollout("")]
+    with Scorer(parts) as scorer:
+        scored = scorer(given)
+    assert [list(r.rewards) for r in scored] == [["words", "rank"]] * 3
+    assert [r.rewards["words"] for r in scored] == [3.0, 1.0, None]
+    assert [r.reward for r in scored] == [23.0, 11.0, 0.0]
+    assert [r.text for r in scored] == ["a b c", "a", ""]
+
+
+def test_answers_are_scored_while_others_are_still_awaited():
+    with Scorer({"meets": Meets()}, Shaping(threads=4)) as scorer:
+        begun = [scorer.start(rollout("x")) for _ in range(4)]
+        while not all(scoring.values.done() for scoring in begun):
+            time.sleep(0.001)
+        assert [r.reward for r in scorer.finish(begun)] == [1.0] * 4
+
+
+def test_an_error_names_the_reward_and_the_prompt():
+    with Scorer({"words": Words(), "bad": Fails()}) as scorer:
+        with pytest.raises(RewardError, match=r"'bad' \(.*Fails\) on prompt gsm8k/7: ZeroDiv"):
+            scorer([rollout("ab"), rollout("abc", id="gsm8k/7")])
+        assert scorer([rollout("abcd")])[0].reward == 2.0, "and the threads live on"
+
+
+def test_a_value_that_is_no_number_is_an_error():
+    with Scorer({"odd": Odd()}) as scorer, pytest.raises(RewardError, match="gave nan"):
+        scorer([rollout("x")])
+
+
+def test_a_reward_that_hangs_is_named():
+    with Scorer({"slow": Hangs()}, Shaping(timeout=0.05, threads=1)) as scorer:
+        with pytest.raises(RewardError, match=r"'slow'.* on prompt task/0: no value after"):
+            scorer([rollout("x")])
+        never.set()
+
+
+def test_only_some_tasks_and_the_function_that_a_job_hands_in():
+    asked: list[int] = []
+
+    def scores(rollouts: Sequence[Rollout]) -> list[float | None]:
+        asked.append(len(rollouts))
+        return [float(len(r.text)) for r in rollouts]
+
+    parts = {"rm": FromModel(only=("chat",)), "short": Length(per=1, unit="characters")}
+    given = [rollout("abc", source="chat"), rollout("abc", source="math")]
+    with Scorer(parts, functions={"rm": scores}) as scorer:
+        scored = scorer(given)
+    assert asked == [1]
+    assert [r.rewards["rm"] for r in scored] == [3.0, None]
+    assert [r.reward for r in scored] == [0.0, -3.0]
+    with pytest.raises(ValueError, match="rewards rm: score by a model"):
+        Scorer(parts)
+    none = Scorer(parts, functions={"rm": lambda rollouts: []})
+    with none, pytest.raises(RewardError, match="gave 0 values for 1"):
+        none(given)
+
+
+def test_all_that_is_wrong_between_parts_at_once():
+    parts = {"a": Words(weight=0, gate=Gate(part="a")), "b": Words(weight=0, gate=Gate(part="aa"))}
+    with pytest.raises(ConfigError) as error:
+        Scorer(parts)
+    text = str(error.value)
+    assert "3 problems" in text
+    assert "rewards.a.gate.part: is the part itself" in text
+    assert "rewards.b.gate.part: no part 'aa'; did you mean 'a'?" in text
+    with pytest.raises(ConfigError, match="there is none"):
+        Scorer({})
+
+
+def test_a_hackable_reward_shows_in_the_figures_of_its_parts():
+    """Length is paid for: answers grow, the sum rises, and the part that matters falls."""
+    parts = {
+        "correct": Exact(extract=r"\d+"),
+        "longer": Length(per=1, unit="words", weight=-0.1),
+        "elsewhere": Words(only=("no such task",)),
+    }
+    honest = [rollout("the answer is 4", "4") for _ in range(4)]
+    padded = [rollout("well " * 30 + "perhaps 5", "4") for _ in range(4)]
+    with Scorer(parts) as scorer:
+        before, after = metrics(scorer(honest)), metrics(scorer(padded))
+    assert after["reward"] > before["reward"], "by its sum the policy has learned"
+    assert (before["rewards/correct/mean"], after["rewards/correct/mean"]) == (1.0, 0.0)
+    assert (before["rewards/longer/mean"], after["rewards/longer/mean"]) == (-4.0, -32.0)
+    assert before["rewards/elsewhere/applied"] == 0.0, "and a part that never applied is seen"
