@@ -25,10 +25,10 @@ DRAWS = 10_000  # of one generated problem, before its limits are called impossi
 class Question:
     """One problem: what is asked, what only the judges know, and tools of its own."""
 
-    text: str
+    text: str  # the last message, the user's; "" = a tool's answer is the last of `messages`
     answer: Any = None  # JSON, as Prompt.answer
     tools: tuple[Mapping[str, Any], ...] = ()
-    messages: tuple[Message, ...] = ()  # said before the text; a system prompt of the row's own
+    messages: tuple[Message, ...] = ()  # said before it, by a system prompt of its own, too
     id: str = ""  # of the row's own; "" = its number
 
 
@@ -82,7 +82,9 @@ class Task(Config):
 
     def prompt(self, split: Split, number: int, question: Question) -> Prompt:
         """The prompt of a question: the system prompt, what was said before, the question."""
-        text = f"{question.text}\n{self.instruction}" if self.instruction else question.text
+        text = question.text
+        if text and self.instruction:
+            text += f"\n{self.instruction}"
         said = question.messages
         if self.system and not any(message["role"] == "system" for message in said):
             said = ({"role": "system", "content": self.system}, *said)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from posttrain.config import semantic
+from posttrain.rewards.base import answer_text
 from posttrain.tasks.base import Generated, Question, Rewards
 from posttrain.types import Rollout
 
@@ -63,8 +64,9 @@ class Countdown(Generated):
 def correct(rollout: Rollout) -> float:
     """1 if the answer's last <answer> (or, without tags, its last line) is an expression that uses
     each number once and has the target's value, in exact fractions; else 0. A reward."""
-    tagged = _TAGGED.findall(rollout.text)
-    lines = rollout.text.strip().splitlines() or [""]
+    said = answer_text(rollout)
+    tagged = _TAGGED.findall(said)
+    lines = said.strip().splitlines() or [""]
     text = (tagged[-1] if tagged else lines[-1]).strip()
     text = text.partition("=")[0].strip().replace("\N{MULTIPLICATION SIGN}", "*")
     value, used = evaluate(text.replace("\N{DIVISION SIGN}", "/"))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from pydantic import model_validator
 
 from posttrain.config import ConfigError, semantic
 from posttrain.data.config import SourceConfig
-from posttrain.data.rows import Defect, Problem, RowError, text_problem, wrong_type
+from posttrain.data.normal import normalise
+from posttrain.data.rows import Defect, Problem, RowError, show, text_problem, wrong_type
 from posttrain.tasks.base import Prompts, Question, Split, Task, is_held_out
 from posttrain.types import Prompt
 
+T = TypeVar("T")
 Paths = str | tuple[str, ...] | None
 
 
@@ -59,45 +61,73 @@ class FileTask(Task):
             raise ConfigError(f"{field}: names no file, and problems to train on are asked for")
         found = [
             (number, question)
-            for number, question in self._questions(paths, field)
-            if self.held_out_one_in is None
-            or is_held_out(question.text, self.held_out_one_in) == (split == "held_out")
+            for number, question in enumerate(read_all(paths, field, self._one_each()))
+            if question is not None
+            and (
+                self.held_out_one_in is None
+                or is_held_out(_key(question), self.held_out_one_in) == (split == "held_out")
+            )
         ][: self.limit]
         if not found:
             raise ConfigError(f"{field}: {paths} has no {split} problem")
         return Prompts(len(found), lambda i: self.prompt(split, *found[i]))
 
-    def _questions(self, paths: str | tuple[str, ...], field: str) -> list[tuple[int, Question]]:
-        """(number of the row, its question) of all rows that are not left out; or BadRows."""
-        from posttrain.data.prepare import BadRows
-        from posttrain.data.sources import find_files, read_blocks
+    def _one_each(self) -> Callable[[Mapping[str, Any]], Question | None]:
+        """The reader, for rows whose own ids are all different."""
+        read, seen = self.reader(), set[str]()
 
-        source = SourceConfig(path=paths)
-        try:
-            files = find_files(source)
-        except ValueError as error:
-            raise ConfigError(f"{field}: {error}") from error
-        questions: list[tuple[int, Question]] = []
-        defects: list[Defect] = []
-        ids: dict[str, str] = {}
-        number = -1
-        for row in (row for block in read_blocks(source, files) for row in block.rows()):
-            number += 1
-            place, problems = f"{row.file}:{row.line}", row.problems
+        def one(row: Mapping[str, Any]) -> Question | None:
+            question = read(row)
+            if question and question.id:
+                if question.id in seen:
+                    fix = "give each row an id of its own"
+                    found = f"{show(question.id)} is the id of an earlier row"
+                    raise RowError([Problem("id", found, fix)])
+                seen.add(question.id)
+            return question
+
+        return one
+
+    def reader(self) -> Callable[[Mapping[str, Any]], Question | None]:
+        """What makes a question of a row: `read`, where other files have no part in it."""
+        return self.read
+
+
+def _key(question: Question) -> str:
+    """What is asked: the split goes by it."""
+    said = [m["content"] for m in question.messages if m["role"] != "system"]
+    return "\n".join([*said, question.text])
+
+
+def read_all(paths: Paths, field: str, read: Callable[[Mapping[str, Any]], T]) -> list[T]:
+    """read(row) of every row of the files, which the config names as `field`.
+
+    ConfigError: there are no such files. BadRows, with all defects: rows that are no objects, or
+    for which `read` raises RowError.
+    """
+    from posttrain.data.prepare import BadRows
+    from posttrain.data.sources import find_files, read_blocks
+
+    source = SourceConfig(path=paths or ())
+    try:
+        files = find_files(source)
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}") from error
+    made: list[T] = []
+    defects: list[Defect] = []
+    count = 0
+    for row in (row for block in read_blocks(source, files) for row in block.rows()):
+        count += 1
+        problems = row.problems
+        if not problems:
             try:
-                question = None if problems else self.read(as_object(row.value))
+                made.append(read(as_object(row.value)))
             except RowError as error:
-                question, problems = None, error.problems
-            if question and question.id and (first := ids.setdefault(question.id, place)) != place:
-                found = f'"{question.id}" is the id of {first} too'
-                problems = (Problem("id", found, "give each row an id of its own"),)
-            defects += [Defect(row.file, row.line, p.field, p.found, p.fix) for p in problems]
-            if question:
-                questions.append((number, question))
-        if defects:
-            hint = f"repair these rows, or remove them ({field})"
-            raise BadRows(defects, number + 1, hint)
-        return questions
+                problems = error.problems
+        defects += [Defect(row.file, row.line, p.field, p.found, p.fix) for p in problems]
+    if defects:
+        raise BadRows(defects, count, f"repair these rows, or remove them ({field})")
+    return made
 
 
 def as_object(value: Any) -> Mapping[str, Any]:
@@ -113,3 +143,20 @@ def texts(row: Mapping[str, Any], *names: str) -> tuple[str, ...]:
     if problems:
         raise RowError(problems)
     return tuple(row[name] for name in names)
+
+
+def asked(messages: Any, where: str, tools: Any = None) -> Question:
+    """The question of a prompt's messages and tools. RowError: they are no messages, or the last of
+    them asks nothing."""
+    answer = {"role": "assistant", "content": "."}  # the normal form is that of whole conversations
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise RowError([wrong_type(where, messages, "a list of messages")])
+    places = [*(f"{where}[{i}]" for i in range(len(messages))), where]
+    made = normalise([*messages, answer], where=where, places=places, tools=tools)
+    *said, last = made.messages[:-1]
+    if last["role"] not in ("user", "tool"):
+        found = f"the last message is of role {last['role']}: it asks nothing"
+        raise RowError([Problem(where, found, "end with the message that is to be answered")])
+    if last["role"] == "tool":
+        return Question("", tools=made.tools, messages=(*said, last))
+    return Question(last["content"], tools=made.tools, messages=tuple(said))

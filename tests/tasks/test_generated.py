@@ -18,7 +18,8 @@ from posttrain.types import Prompt, Rollout
 def rollout(text: str, answer: object) -> Rollout:
     nothing = np.zeros(0, np.float32)
     prompt = Prompt("countdown/train/0", (), answer)
-    return Rollout(prompt, (), text, "stop", nothing, nothing, nothing, nothing)
+    said = {"role": "assistant", "content": text}
+    return Rollout(prompt, (said,), text, "stop", nothing, nothing, nothing, nothing)
 
 
 @pytest.mark.parametrize("operators", [("+", "-"), ("+", "-", "*")])

@@ -65,7 +65,7 @@ def convert(row: Any, cfg: SourceConfig) -> Sample | Pair | Labelled:
     if not isinstance(row, Mapping):
         raise RowError([wrong_type("row", row, "an object")])
     problems: list[Problem] = []
-    values = {part: _value(row, path, problems) for part, path in cfg.fields.items()}
+    values = {part: value_of(row, path, problems) for part, path in cfg.fields.items()}
     if problems:
         raise RowError(problems)
     if kind_of(cfg) == "labelled":
@@ -136,7 +136,7 @@ def _turn(values: Mapping[str, Any], cfg: SourceConfig) -> Conversation:
     return Conversation(tuple(turn))
 
 
-def _value(row: Mapping[str, Any], path: str, problems: list[Problem]) -> Any:
+def value_of(row: Mapping[str, Any], path: str, problems: list[Problem]) -> Any:
     """The column, the inner value of a dotted path, or the text with its braces filled in."""
     if "{" not in path:
         return _column(row, path, problems)
