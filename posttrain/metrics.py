@@ -47,8 +47,8 @@ def flatten(metrics: Mapping[str, Any], source_names: list[str]) -> dict[str, fl
     """Device metrics fetched to the host -> plain numbers; "loss_by_source" -> loss/<name>.
 
     What is of nothing (the Mean of a source with no token in this step) is left out: it has no
-    value. Of labelled answers, rewards/margins is the difference of the two labels' means, as TRL
-    has it.
+    value. Extremes of x are min_x and max_x; of a/x, a name within a group, a/x/min and a/x/max. Of
+    labelled answers, rewards/margins is the difference of the two labels' means, as TRL has it.
     """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
@@ -62,7 +62,9 @@ def flatten(metrics: Mapping[str, Any], source_names: list[str]) -> dict[str, fl
             flat |= _router(value)
         elif isinstance(value, Extremes):
             if not value.low > value.high:
-                flat |= {f"min_{name}": float(value.low), f"max_{name}": float(value.high)}
+                ends = ("min", "max")
+                low, high = (f"{name}/{x}" if "/" in name else f"{x}_{name}" for x in ends)
+                flat |= {low: float(value.low), high: float(value.high)}
         else:
             flat[name] = float(value)
     if flat.keys() >= {"rewards/chosen", "rewards/rejected"}:

@@ -115,6 +115,8 @@ class Rollout:
     plain_logps: np.ndarray  # float32 [n]; likewise, by the model itself
     group: int = 0  # answers to one prompt of one round share it
     version: int = 0  # updates that the policy had seen when the answer was begun
+    calls: int = 0  # of tools, asked for and answered
+    failed_calls: int = 0  # those that were answered with an error
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # by part, as it was given
     reward: float = 0.0  # the shaped, weighted sum
 
@@ -198,7 +200,7 @@ class Mean:
 @dataclass(frozen=True)
 class Extremes:
     """The least and the greatest of some values; of parts, those of them all. Of nothing: inf and
-    -inf. As the metric `x` it is told as min_x and max_x."""
+    -inf. As the metric `x` it is told as min_x and max_x, as `a/x` as a/x/min and a/x/max."""
 
     low: Any
     high: Any
@@ -213,14 +215,14 @@ Statistic = Mapping[str, Mean]
 
 @dataclass(frozen=True)
 class Terms:
-    """What a loss makes of one micro-batch: sum(weights * values) / count, over the step.
+    """What a loss makes of one micro-batch: sum(weights * values) / sum(count), over the step.
 
-    The three arrays have one shape: [B, T] where the terms are tokens, [P] where they are pairs,
-    [B, S] where they are segments.
+    The arrays have one shape: [B, T] where the terms are tokens, [P] where they are pairs, [B, S]
+    where they are segments.
     """
 
     values: Any  # float32
     weights: Any  # float32; 0 where there is no term
     source_ids: Any  # int32; the source a term belongs to, -1 for none
     metrics: dict[str, Any]  # Mean or Extremes
-    count: Any = None  # float32 scalar: this micro-batch's part of it; None: sum(weights)
+    count: Any = None  # float32; what each term adds to the count; None: its weight

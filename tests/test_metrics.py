@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from posttrain.metrics import SUPERSEDED, LogConfig, Progress, Writer, flatten
-from posttrain.types import Mean
+from posttrain.types import Extremes, Mean
 
 QUIET = LogConfig(tensorboard=False)
 
@@ -37,6 +37,12 @@ def test_flatten_divides_once_and_names_sources() -> None:
         ["chat", "absent"],
     )
     assert flat == {"loss": 1.5, "grad_norm": 2.0, "loss/chat": 1.5}
+
+
+def test_extremes_stand_beside_their_group() -> None:
+    ends = Extremes(np.float32(1), np.float32(2))
+    flat = flatten({"reward": ends, "sampling/x": ends, "none": Extremes(np.inf, -np.inf)}, [])
+    assert flat == {"min_reward": 1, "max_reward": 2, "sampling/x/min": 1, "sampling/x/max": 2}
 
 
 def test_labelled_answers_have_a_margin_where_there_are_both() -> None:

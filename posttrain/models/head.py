@@ -32,6 +32,7 @@ class _Plan:
     chunk: int
     vocab_size: int
     softcap: float | None
+    temperature: float
     context: str | None  # the axis that rows are cut along, if any
     fsdp: str | None  # likewise W's D
     tensor: str | None  # likewise its V
@@ -72,10 +73,14 @@ def _offset(width: int, plan: _Plan) -> Any:
 
 
 def _logits(h_cD: jax.Array, w_DV: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
-    """This shard's columns of the logits, capped, float32, and their vocabulary ids."""
+    """This shard's columns of the logits, capped, over the temperature, float32, and their
+    vocabulary ids."""
     ids = _offset(w_DV.shape[1], plan) + jnp.arange(w_DV.shape[1])
     z = jnp.einsum("cd,dv->cv", h_cD, w_DV, preferred_element_type=jnp.float32)
-    return jnp.where(ids < plan.vocab_size, soft_cap(z, plan.softcap), _NEGATIVE), ids
+    z = soft_cap(z, plan.softcap)
+    if plan.temperature != 1:
+        z = z / plan.temperature
+    return jnp.where(ids < plan.vocab_size, z, _NEGATIVE), ids
 
 
 def _positions(trained_BT: jax.Array, plan: _Plan) -> jax.Array:
@@ -152,7 +157,9 @@ def _backward(hidden_BTD, w, next_BT, trained_BT, saved, ct, plan: _Plan):  # in
             entropy, g = (_take(x["entropy"], at_c)[:, None] for x in (saved, ct))
             dz -= g * p * (logp + entropy)
         if plan.softcap is not None:  # z is capped: dz/dlogit = 1 - tanh^2; 0 in padding columns
-            dz *= jnp.maximum(1 - (z / plan.softcap) ** 2, 0)
+            dz *= jnp.maximum(1 - (z * plan.temperature / plan.softcap) ** 2, 0)
+        if plan.temperature != 1:
+            dz /= plan.temperature
         dz = dz.astype(w_DV.dtype)
         dh = jnp.einsum("cv,dv->cd", dz, w_DV, preferred_element_type=jnp.float32)
         dw_DV += jnp.einsum("cd,cv->dv", h, dz, preferred_element_type=jnp.float32)
@@ -214,6 +221,7 @@ def token_outputs(
     budget: int,
     vocab_size: int,
     softcap: float | None = None,
+    temperature: float = 1.0,
     chunk: int = 1024,
     entropy: bool = False,
     correct: bool = False,
@@ -225,7 +233,8 @@ def token_outputs(
     weights' dtype. budget: the most trained tokens any shard's rows may hold; chunk: how many
     are in logits at once. vocab_size: tokens that exist (spec.vocab_size); W's further columns
     are padding and have probability 0. softcap: logits z become softcap * tanh(z / softcap)
-    (spec.final_softcap; Gemma 2, arXiv:2408.00118, section 2). Differentiable in hidden and W
+    (spec.final_softcap; Gemma 2, arXiv:2408.00118, section 2). temperature: everything is of the
+    distribution softmax(z / temperature), that of a sampler's draws. Differentiable in hidden and W
     through logps and entropy (nats); `correct` is 1 where the target is the (first) most probable
     token, `log_sum_sq` the log of sum_v p(v)^2: neither has a gradient.
 
@@ -249,6 +258,7 @@ def token_outputs(
         chunk=chunk,
         vocab_size=vocab_size,
         softcap=softcap,
+        temperature=temperature,
         context=context,
         fsdp=_axis(kernel[0], mesh),
         tensor=_axis(kernel[1], mesh),

@@ -78,8 +78,8 @@ def check_tensors(tensors: Tensors, placed: dict[str, Place], spec: Spec) -> Non
                 wrong.append(
                     f"{name} differs from the embedding, though tie_word_embeddings is true"
                 )
-        elif spec.head == "score" and name == KEYS["head"].name:
-            pass  # a language model that becomes a reward model
+        elif spec.head != "lm" and name == KEYS["head"].name:
+            pass  # a language model that becomes a reward model or a critic
         elif not _IGNORED.match(name):
             wrong.append(f"unexpected: {name} {list(tensors.shape(name))}")
     if wrong:
@@ -187,14 +187,17 @@ def open_model(
 
     tokenizer_size: ids in use, added tokens counted; new_ids: those of the added tokens.
     head: what the model must have; None: what the folder has. new_head: a language model that is
-    to have a score head gets a random one (cfg.init_seed). ConfigError where it has another.
+    to have a scalar head gets a random one (cfg.init_seed). ConfigError where it has another. A
+    critic ("value") takes over a reward model's head.
     store: as `load` takes it; random weights are left as they are.
     """
     folder = local_folder(cfg.path)
     spec = read_spec(folder)
+    if head == "value" and spec.head == "score":  # the same head, read at every token
+        spec = dataclasses.replace(spec, head=head)
     made = head not in (None, spec.head)
     if made:
-        spec = _with_score_head(spec, cfg.path, new_head)
+        spec = _with_scalar_head(spec, cfg.path, head, new_head)
     spec = spec.with_vocab(max(spec.vocab_size, tokenizer_size), cfg.vocab_multiple)
     compute = compute_of(cfg)
     if cfg.random_init:
@@ -204,8 +207,8 @@ def open_model(
     return load(folder, spec, mesh, compute, new_ids=new_ids, new_head_seed=seed, store=store)
 
 
-def _with_score_head(spec: Spec, path: str, new_head: bool) -> Spec:
-    """The spec of a language model with a score head in the vocabulary head's place."""
+def _with_scalar_head(spec: Spec, path: str, head: HeadName, new_head: bool) -> Spec:
+    """The spec of a language model with one number's head in the vocabulary head's place."""
     if spec.head == "score":
         raise ConfigError(
             f"model path {path}: a reward model, which has a score head and no vocabulary head: "
@@ -214,7 +217,7 @@ def _with_score_head(spec: Spec, path: str, new_head: bool) -> Spec:
     if classifier_of(spec.family) is None:
         raise ConfigError(
             f"model path {path}: transformers has no sequence classifier of {spec.family} models, "
-            "as which a reward model is saved"
+            "as which a reward model or a critic is saved"
         )
     if not new_head:
         raise ConfigError(
@@ -222,7 +225,7 @@ def _with_score_head(spec: Spec, path: str, new_head: bool) -> Spec:
             "reward_model` makes a reward model of it. If its files do hold score.weight, "
             f'config.json must say so: "architectures": ["{classifier_of(spec.family)}"]'
         )
-    return dataclasses.replace(spec, head="score")
+    return dataclasses.replace(spec, head=head)
 
 
 def save(
@@ -301,7 +304,7 @@ def _write_configs(
         raw["torch_dtype"] = dtype
     if not raw.get("architectures"):
         raw["architectures"] = [ARCHITECTURES[spec.family]]
-    if spec.head == "score":
+    if spec.head != "lm":
         raw["architectures"] = [classifier_of(spec.family)]
         labels = raw.get("id2label") or {}
         if len(labels) != 1:  # none, or those that old versions wrote into every config.json

@@ -15,7 +15,7 @@ from posttrain.config import Config, runtime, semantic
 RematName = Literal["none", "full", "attention", "dots", "dots_batch", "offload"]
 AttentionName = Literal["auto", "reference", "chunked", "cudnn", "splash"]
 DtypeName = Literal["float32", "bfloat16"]
-HeadName = Literal["lm", "score"]
+HeadName = Literal["lm", "score", "value"]
 Token = Annotated[str, Field(min_length=1)]
 
 
@@ -126,7 +126,8 @@ class Spec:
     tensors: tuple[tuple[str, str], ...] = ()
     """(parameter, tensor) where the file's name is not Llama's: see models/keys.py."""
     head: HeadName = "lm"
-    """What reads the last layer: the vocabulary head, or a reward model's one number."""
+    """What reads the last layer: the vocabulary head, or one number's, which a reward model reads
+    at the end of a text (score) and a critic at every token (value)."""
     init_std: float = 0.02
     images: bool = False
     """The folder also holds the part of a model that sees images, which is left out."""
@@ -173,8 +174,8 @@ class Spec:
         dense = 3 * d * self.mlp + self.mlp_bias * (2 * self.mlp + d)
         each = d + 3 * d * self.expert_mlp  # the router's column, and the expert
         mlps = sum(kind.experts * each if kind.experts else dense for kind in self.kinds)
-        vocab = self.vocab_size * d * (1 if self.tied or self.head == "score" else 2)
-        vocab += d * (self.head == "score")
+        vocab = self.vocab_size * d * (1 if self.tied or self.head != "lm" else 2)
+        vocab += d * (self.head != "lm")
         norms = 2 * d * (self.pre_norm + self.post_norm)
         return self.layers * (attention + norms) + mlps + vocab + d
 

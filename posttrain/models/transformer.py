@@ -31,7 +31,7 @@ from posttrain.models.layers import (
     segment_attend,
 )
 from posttrain.models.moe import EXPERTS
-from posttrain.models.score import segment_scores
+from posttrain.models.score import segment_scores, token_values
 from posttrain.models.spec import ModelConfig, Spec, Stack
 from posttrain.sharding import constrain, named_sharding
 from posttrain.types import Routing
@@ -78,7 +78,8 @@ REMAT: dict[str, Callable[..., Any]] = {
 
 class Transformer(nnx.Module):
     """A decoder. Parameters: embedding [V, D], layers/<stack>/* [L, ...] (spec.stacks),
-    final_norm [D] and, where the head is not tied, head [D, V]; of a reward model score [D, 1]."""
+    final_norm [D] and, where the head is not tied, head [D, V]; of a reward model or a critic
+    score [D, 1]."""
 
     def __init__(self, spec: Spec, compute: Compute, rngs: nnx.Rngs):
         self.spec, self.compute = spec, compute
@@ -89,14 +90,14 @@ class Transformer(nnx.Module):
             {name: Layer(spec, stack, compute, rngs) for name, stack in spec.stacks.items()}
         )
         self.final_norm = make_norm(rngs, spec, (spec.embed,), ("norm",), compute)
-        if spec.head == "score":
+        if spec.head != "lm":
             self.score = make_param(rngs, (spec.embed, 1), ("norm", "norm"), dtype, std)
         elif not spec.tied:
             self.head = make_param(rngs, shape[::-1], ("embed", "vocab"), dtype, std)
 
-    def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Embedded tokens [B, T, D], scaled, in the compute dtype."""
-        x = look_up(self.embedding[...], tokens_BT, self.compute.dtype)
+    def embed(self, tokens_BT: jax.Array, *, gathered: bool = False) -> jax.Array:
+        """Embedded tokens [B, T, D], scaled, in the compute dtype; gathered as in look_up."""
+        x = look_up(self.embedding[...], tokens_BT, self.compute.dtype, gathered=gathered)
         x = with_new_rows(self, tokens_BT, x)
         if self.spec.embed_scale != 1:
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
@@ -170,6 +171,10 @@ class Transformer(nnx.Module):
     def scores(self, hidden_BTD: jax.Array, segment_ids_BT: jax.Array, segments: int) -> jax.Array:
         """A reward model's value of each segment, float32 [B, S]; 0 where there is none."""
         return segment_scores(hidden_BTD, self.score[...], segment_ids_BT, segments)
+
+    def values(self, hidden_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """A critic's value of what comes from each token on, float32 [B, T]."""
+        return token_values(hidden_BTD, self.score[...], segment_ids_BT)
 
     def head_kernel(self) -> jax.Array:
         """[D, V] in the weights' dtype; the embedding transposed where the head is tied."""

@@ -66,6 +66,7 @@ class Forward:
     """All that is static in computing a loss: the model's structure, the loss, the head's budget.
 
     budget: trained positions that one shard's rows of one micro-batch hold at the most.
+    temperature: log-probabilities are of softmax(logits / temperature), as answers were sampled.
     router: weights of the losses of a mixture's router, which are trained beside the loss and not
     in the `loss` that is reported; their means are over all real tokens of the step. dropout: the
     seed of adapters' dropout, None where there is none; key: of the update under way.
@@ -80,6 +81,7 @@ class Forward:
     router: RouterWeights = NO_ROUTER
     dropout: int | None = None
     key: Any = None
+    temperature: float = 1.0
 
     def at(self, step: jax.Array) -> Forward:
         """In update `step` of training: with dropout, a function of seed and step alone."""
@@ -107,7 +109,7 @@ class Forward:
         outputs = self.outputs(params, micro, self.loss.needs)
         whole = jax.lax.stop_gradient(self._whole(outputs, micro) if whole is None else whole)
         terms = self._terms(outputs, micro, whole.statistic)
-        loss = Mean((terms.values * terms.weights).sum(), terms.weights.sum())
+        loss = Mean((terms.values * terms.weights).sum(), _counts(terms).sum())
         metrics = {**terms.metrics, "loss": loss, "loss_by_source": self._by_source(terms)}
         if outputs.routing is not None:
             metrics["routing"] = outputs.routing
@@ -142,7 +144,7 @@ class Forward:
         if self.router == NO_ROUTER:
             return Whole(statistic)
         # how many terms there are is no matter of the statistic: a part of it will do
-        count = self._terms(outputs, micro, statistic).weights.sum()
+        count = _counts(self._terms(outputs, micro, statistic)).sum()
         return Whole(statistic, outputs.routing, count)
 
     def _terms(self, outputs: TokenOutputs, micro: Batch, statistic: Statistic | None) -> Terms:
@@ -166,7 +168,7 @@ class Forward:
     ) -> TokenOutputs:
         """What a model of these parameters says of the trained tokens: logps, and more by needs.
 
-        A reward model says one thing of each segment: its score.
+        A reward model says one thing of each segment, its score; a critic one of each token.
         """
         model = nnx.merge(self.graphdef, params)
         hidden_BTD, routing = model.routed(
@@ -176,6 +178,9 @@ class Forward:
             segments = micro.example_ids.shape[-1]
             scores = model.scores(hidden_BTD, micro.segment_ids, segments)
             return TokenOutputs(scores=scores, routing=routing)
+        if model.spec.head == "value":
+            values = model.values(hidden_BTD, micro.segment_ids)
+            return TokenOutputs(values=values, routing=routing)
         said = token_outputs(
             hidden_BTD,
             model.head_kernel(),
@@ -186,6 +191,7 @@ class Forward:
             budget=self.budget,
             vocab_size=model.spec.vocab_size,
             softcap=model.spec.final_softcap,
+            temperature=self.temperature,
             chunk=self.head_chunk,
             entropy="entropy" in needs,
             correct="correct" in needs,
@@ -195,12 +201,15 @@ class Forward:
 
     def _by_source(self, terms: Terms) -> Mean:
         """The loss of each data source apart: totals and counts of shape [sources]."""
-        weights = [
-            jnp.where(terms.source_ids == source, terms.weights, 0.0)
-            for source in range(self.sources)
-        ]
-        totals = jnp.stack([(terms.values * w).sum() for w in weights])
-        return Mean(totals, jnp.stack([w.sum() for w in weights]))
+        values, counts = terms.values * terms.weights, _counts(terms)
+        of = [terms.source_ids == source for source in range(self.sources)]
+        totals = jnp.stack([jnp.where(here, values, 0.0).sum() for here in of])
+        return Mean(totals, jnp.stack([jnp.where(here, counts, 0.0).sum() for here in of]))
+
+
+def _counts(terms: Terms) -> Any:
+    """What each term adds to what the loss's total is divided by."""
+    return terms.weights if terms.count is None else terms.count
 
 
 def train_step_fn(

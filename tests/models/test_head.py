@@ -115,6 +115,31 @@ def test_gradients_equal_those_of_full_logits(
     assert not np.asarray(gw)[:, REAL:].any(), "padding columns have no gradient"
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_pitfall_23_a_temperature_divides_the_logits(
+    case: dict[str, np.ndarray], softcap: float | None
+) -> None:
+    """The capped ones; of values, entropies and gradients, against plain logits over it."""
+    temperature = 0.6
+
+    def loss(h: jax.Array, w: jax.Array) -> jax.Array:
+        options = {"entropy": True, "temperature": temperature, "softcap": softcap}
+        out = run(case | {"h": h, "w": w}, mesh_of(2, 2, 2), **options)
+        return -(out.logps * case["weights"]).sum() + 0.3 * out.entropy.sum()
+
+    def plain(h: jax.Array, w: jax.Array) -> jax.Array:
+        z = h @ w[:, :REAL]
+        z = softcap * jnp.tanh(z / softcap) if softcap else z
+        # logits that are what they should be already: an identity is their kernel
+        return full_logits_loss(z / temperature, jnp.eye(REAL), case)
+
+    want, (dh, dw) = jax.value_and_grad(plain, (0, 1))(case["h"], case["w"])
+    found, (gh, gw) = jax.jit(jax.value_and_grad(loss, (0, 1)))(case["h"], case["w"])
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    np.testing.assert_allclose(gh, dh, atol=5e-5)
+    np.testing.assert_allclose(gw, dw, atol=1e-4)
+
+
 def test_budget_is_per_shard_and_overflow_is_loud(case: dict[str, np.ndarray]) -> None:
     """A shard with more trained tokens than slots: NaN there, and the surplus is counted."""
     seg = case["segments"]

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from posttrain.config import ConfigError
 from posttrain.models import hf, read_spec
-from posttrain.models.score import segment_scores
+from posttrain.models.score import segment_scores, token_values
 from posttrain.models.spec import ModelConfig
 from tests.models.tiny import mesh_of, write_config
 
@@ -119,3 +120,55 @@ def test_an_export_has_one_label_whatever_the_language_model_said(
     assert raw["label2id"] == {"LABEL_0": 0}
     assert "num_labels" not in raw
     assert read_spec(tmp_path / "export").head == "score"
+
+
+def test_pitfall_26_a_value_is_of_the_state_before_its_token() -> None:
+    """Read one position before, within the segment: a segment's first token has none."""
+    rng = np.random.default_rng(0)
+    segments = np.array([[0, 1, 1, 1, 2, 2, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
+    hidden, w = rng.normal(size=(2, 8, 6)), rng.normal(size=(6, 1))
+    want = np.zeros((2, 8))
+    for b, t in np.ndindex(2, 8):
+        if t and segments[b, t] and segments[b, t] == segments[b, t - 1]:
+            want[b, t] = hidden[b, t - 1] @ w[:, 0]
+    h, w_D1 = jnp.asarray(hidden, jnp.float32), jnp.asarray(w, jnp.float32)
+    found = token_values(h, w_D1, jnp.asarray(segments))
+    np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+def test_a_critic_takes_over_the_head_of_a_reward_model(model: hf.Model, tmp_path: Path) -> None:
+    """Its values, one token further on, are that model's scores of the texts so far; what it is
+    saved as is a sequence classifier again."""
+    hf.save(tmp_path / "reward", model.spec, model.state)
+    options = {"dtype": "float32", "remat": "none", "vocab_multiple": 1}
+    cfg = ModelConfig(path=str(tmp_path / "reward"), **options)
+    mesh = mesh_of(1, 1, 1)
+    critic = hf.open_model(cfg, mesh, head="value")
+    assert not critic.new_head
+    assert critic.spec.parameters == model.spec.parameters
+    tokens = np.random.default_rng(2).integers(0, 160, (1, 7))
+    positions, segments = np.arange(7)[None], np.ones((1, 7), np.int32)
+
+    def run(state: Any) -> tuple[jax.Array, jax.Array]:
+        network = nnx.merge(critic.graph, state)
+        hidden = network.hidden(tokens, positions, segments)
+        return network.values(hidden, jnp.asarray(segments)), hidden
+
+    values, hidden = jax.jit(run)(critic.state)
+    weight = np.asarray(dict(hf.flat_params(model.state))["score"])[:, 0]
+    np.testing.assert_allclose(values[0, 1:], np.asarray(hidden)[0, :-1] @ weight, atol=1e-5)
+    assert values[0, 0] == 0
+
+    hf.save(tmp_path / "critic", critic.spec, critic.state)
+    assert read_spec(tmp_path / "critic").head == "score"
+    with pytest.raises(ConfigError, match="name the language model"):
+        hf.open_model(cfg, mesh, head="lm")
+
+
+def test_a_critic_of_a_language_model_has_a_new_head(tmp_path: Path) -> None:
+    cfg = ModelConfig(path=str(write_config(tmp_path, "llama")), random_init=True)
+    critic = hf.open_model(cfg, mesh_of(1, 1, 1), head="value", new_head=True)
+    assert critic.new_head
+    assert {"score"} == {path for path, _ in hf.flat_params(critic.state)} & {"score", "head"}
+    with pytest.raises(ConfigError, match="no score head"):
+        hf.open_model(cfg, mesh_of(1, 1, 1), head="value")
