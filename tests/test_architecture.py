@@ -23,6 +23,7 @@ RANKS = {
     "advantages": 1,
     "data": 2,
     "rewards": 2,
+    "tools": 2,
     "tasks": 3,
     "sampling": 4,
     "train": 5,

@@ -13,6 +13,8 @@ _THINKING = (
 _UNFINISHED = re.compile(r"\s*(?:<think>|\[THINK\])(.*)", re.DOTALL)
 _XML_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _NAMED_CALL = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\](\w+))?\[ARGS\]\s*")
+_XML_MARK = "<tool_call>"
+_EXPECTED = 'JSON object with "name" and "arguments"'
 _LIST_MARK = "[TOOL_CALLS]"
 _PYTHON_MARK = "<|python_tag|>"
 
@@ -34,6 +36,24 @@ def parse_assistant(text: str) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = calls
     return message
+
+
+def broken_call(content: str) -> str | None:
+    """Why a tool call that was begun in this content is none; None where none was begun.
+
+    content: of a message of `parse_assistant` without tool_calls.
+    """
+    text = content.strip()
+    if _XML_MARK in text:
+        inner = text.partition(_XML_MARK)[2]
+        if "</tool_call>" not in inner:
+            return f"{_XML_MARK} is never closed"
+        return f"what stands after {_XML_MARK} is no {_EXPECTED}"
+    for mark in (_LIST_MARK, _PYTHON_MARK):
+        if mark in text:
+            return f"what stands after {mark} is no {_EXPECTED}"
+    bare = text.startswith("{") and re.search(r'"(?:arguments|parameters)"\s*:', text)
+    return f"this is no {_EXPECTED}" if bare else None
 
 
 def _split_thinking(text: str) -> tuple[str, str]:

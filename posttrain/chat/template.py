@@ -182,7 +182,7 @@ class ChatTemplate:
             # the last turn decides: where its thinking is lost, cut the conversation after it
             kept = [] if left[-1] in lost else [i for i in left if i not in lost]
             if kept:
-                parts.append(Part(rendered, self._spans(rendered, kept), weights))
+                parts.append(Part(rendered, self.spans(rendered, kept), weights))
                 left = sorted(lost)
             if left:
                 current = Conversation(
@@ -213,7 +213,9 @@ class ChatTemplate:
                     part.trace.text,
                 )
 
-    def _spans(self, part: Rendered, turns: list[int]) -> list[Span]:
+    def spans(self, part: Rendered, turns: list[int]) -> list[Span]:
+        """What the assistant wrote in these turns of a rendering. ChatError where that is not
+        found exactly."""
         finder = SpanFinder(part.trace, part.roles, self.stop_texts)
         try:
             if part.trace.blocks:
