@@ -36,8 +36,13 @@ class _Plan:
         return P(BATCH_AXES, self.context)
 
 
-def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    """table[tokens] in `dtype`, [B, T, D]. Its gradient adds up in float32, whatever dtype is."""
+def look_up(
+    table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any, *, gathered: bool = False
+) -> jax.Array:
+    """table[tokens] in `dtype`, [B, T, D]. Its gradient adds up in float32, whatever dtype is.
+
+    gathered: the table is not cut along D: there is nothing to gather.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or tokens_BT.shape[0] % batch_shards(mesh):
         plan = _Plan(None, jnp.dtype(dtype), None, None, None)
@@ -45,6 +50,7 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
         cut = partition_spec(("vocab", "embed"), table_VD.shape, mesh)
         cut = (*cut, *partition_spec(("length",), tokens_BT.shape[1:], mesh))
         tensor, fsdp, context = (axis if axis and mesh.shape[axis] > 1 else None for axis in cut)
+        fsdp = None if gathered else fsdp
         plan = _Plan(mesh, jnp.dtype(dtype), context, fsdp, tensor)
     found: Any = _look_up(table_VD, tokens_BT, plan)
     return found
