@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pydantic import model_validator
 
 from posttrain.config import Config, semantic
-from posttrain.losses.policy_tokens import PolicyTokens
+from posttrain.losses.policy_tokens import LIMIT, PolicyTokens
 from posttrain.types import Extremes
 
 
@@ -59,7 +59,7 @@ class Correction(Config):
         if self.type == "none":
             return 1.0, metrics
         whole = self.level == "sequence"
-        w = jnp.exp((tokens.of_answer(apart) if whole else apart).clip(-80, 80))
+        w = jnp.exp((tokens.of_answer(apart) if whole else apart).clip(-LIMIT, LIMIT))
         if self.type == "truncate":
             w = w.clip(self.low, self.high)
         else:
