@@ -52,6 +52,7 @@ REGISTRIES = {
     "data/formats": (("FORMATS",), {"base"}),
     "tasks": (("TASKS",), {"base", "files"}),
     "doctor": (("CHECKS",), {"base"}),
+    "tools": (("TOOLS",), {"base"}),
 }
 NOT_FOR_CONFIG_MODULES = {
     "flax",

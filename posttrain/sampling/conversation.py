@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from posttrain.chat.follow import refuse_changing_history
 from posttrain.chat.template import ChatError, ChatTemplate
@@ -29,6 +29,9 @@ THREADS = 8
 
 OnRollout = Callable[[int, Rollout], None]
 """Called with (index in the list of rollouts, rollout) as soon as a rollout is whole."""
+
+Share = Callable[[Callable[[], bytes]], bytes]
+"""Gives every process what the function makes, which runs on process 0 alone."""
 
 
 def make_rollouts(
@@ -45,6 +48,7 @@ def make_rollouts(
     version: int = 0,
     first_group: int = 0,
     on_rollout: OnRollout | None = None,
+    share: Share | None = None,
 ) -> list[Rollout]:
     """n rollouts of each prompt, those of a prompt side by side: rollout i answers prompt i // n.
 
@@ -52,7 +56,8 @@ def make_rollouts(
     offered them all; one with tools is offered just those, and its calls are run if all of them
     are in `tools` (if none is, its first answer ends it). max_turns: answers of the model in one
     rollout. context: most tokens of one rollout; None: whatever the engine takes. first_group: the
-    group of the first prompt's rollouts.
+    group of the first prompt's rollouts. share: where several processes sample together, how they
+    share what process 0 knows; tools that are not quick are then run on it alone.
 
     Raises ValueError before anything is sampled, for all prompts at once: where the template
     refuses a prompt or changes its history when tools have answered, where it does not fit, where
@@ -62,7 +67,8 @@ def make_rollouts(
     done: dict[int, Rollout] = {}
     # a turn's request, and the rollouts that its completions are for
     asked = [(group[0].request(seed, n), group) for group in talks]
-    waiting: list[tuple[Talk, Future[list[Answer]]]] = []
+    waiting: list[tuple[Talk, Future[list[Answer]] | None]] = []
+    runs_tools = share is None or _is_first_process()
 
     def finish(talk: Talk, how: Finish) -> None:
         rollout = done[talk.index] = talk.rollout(how, version, first_group)
@@ -84,17 +90,40 @@ def make_rollouts(
         elif all(call.quick for call in talk.asked):
             return go_on(talk, talk.run())
         else:
-            waiting.append((talk, threads.submit(talk.run)))
+            waiting.append((talk, threads.submit(talk.run) if runs_tools else None))
         return None
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="tools") as threads:
         while asked:
             engine.generate([request for request, _ in asked], on_done)
             # what slow tools have answered is gone on with when all else has been sampled
-            heard = [(go_on(talk, answers.result()), [talk]) for talk, answers in waiting]
+            answers = _wait([future for _, future in waiting], share)
+            heard = [
+                (go_on(talk, a), [talk]) for (talk, _), a in zip(waiting, answers, strict=True)
+            ]
             asked = [(request, group) for request, group in heard if request is not None]
             waiting.clear()
     return [done[index] for index in range(len(prompts) * n)]
+
+
+def _is_first_process() -> bool:
+    import jax  # not where an engine is a server and there is but this process
+
+    return jax.process_index() == 0
+
+
+def _wait(
+    futures: Sequence[Future[list[Answer]] | None], share: Share | None
+) -> list[list[Answer]]:
+    """What the tools answered, on every process."""
+
+    def said() -> list[list[Answer]]:
+        return [future.result() for future in futures if future is not None]
+
+    if share is None or not futures:
+        return said()
+    sent = share(lambda: json.dumps([[astuple(a) for a in each] for each in said()]).encode())
+    return [[Answer(*fields) for fields in each] for each in json.loads(sent)]
 
 
 def tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, Mean]:
@@ -124,7 +153,7 @@ def _open_all(
     steady: set[str] = set()  # kinds of prompts whose history is known to stay as it is
     for group, prompt in enumerate(prompts):
         try:
-            shown, own = _offer(prompt, tools)
+            shown, own = offer(prompt, tools)
             kind = _kind(shown)
             if own and max_turns > 1 and kind not in steady:
                 refuse_changing_history(chat, shown.messages, shown.tools, **shown.template_kwargs)
@@ -163,8 +192,11 @@ def _open_all(
     return talks
 
 
-def _offer(prompt: Prompt, tools: Mapping[str, Tool]) -> tuple[Prompt, Mapping[str, Tool]]:
-    """The prompt with the tools that it shows the model, and those of them that can be run."""
+def offer(prompt: Prompt, tools: Mapping[str, Tool]) -> tuple[Prompt, Mapping[str, Tool]]:
+    """The prompt with the tools that it shows the model, and those of them that can be run.
+
+    A prompt without tools is offered them all. ValueError: some but not all of its own can be run.
+    """
     if not prompt.tools:
         return replace(prompt, tools=tuple(tool.schema for tool in tools.values())), tools
     names = [schema.get("function", schema)["name"] for schema in prompt.tools]
