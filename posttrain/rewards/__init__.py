@@ -11,11 +11,17 @@ from __future__ import annotations
 from posttrain.rewards.base import Reward
 from posttrain.rewards.exact import Exact
 from posttrain.rewards.length import Length, Overlong
+from posttrain.rewards.math import Math
+from posttrain.rewards.numeric import Numeric
 from posttrain.rewards.regex import Regex
 from posttrain.rewards.repetition import Repetition
+from posttrain.rewards.think import Think
 
 REWARDS: dict[str, type[Reward]] = {
     "exact": Exact,
+    "numeric": Numeric,
+    "math": Math,
+    "think": Think,
     "regex": Regex,
     "length": Length,
     "overlong": Overlong,

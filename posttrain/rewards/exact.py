@@ -7,14 +7,16 @@ from collections import deque
 from functools import cache
 
 from posttrain.config import semantic
+from posttrain.rewards.answers import last_boxed
 from posttrain.rewards.base import Reward, answer_text, expected
 from posttrain.rewards.regex import Pattern
 from posttrain.types import Rollout
 
 
 class Exact(Reward):
-    """1 where the answer, or what `extract` finds in it, is the right answer; else 0.
+    r"""1 where the answer is the right one, letter by letter; else 0.
 
+    The answer is what `extract` finds; else what the last \boxed{} holds; else the whole text.
     Several right answers may be given as a list. None: the prompt has no right answer.
     """
 
@@ -32,6 +34,8 @@ class Exact(Reward):
         text: str | None = answer_text(rollout)
         if self.extract is not None:
             text = last_match(self.extract, text)
+        elif (boxed := last_boxed(text)) is not None:
+            text = boxed
         if text is None:
             return 0.0
         accepted = right if isinstance(right, list) else [right]

@@ -29,6 +29,8 @@ from tests.rewards.rollouts import rollout
         ({"key": "final"}, "4", {"final": "4"}, 1.0),
         ({"key": "last"}, "4", {"final": "4"}, None),
         ({}, "4", None, None),
+        ({}, r"B looks right, but it is \boxed{C}.", "C", 1.0),
+        ({}, r"C? \boxed{B}", "C", 0.0),
         ({}, "<think>it is 5</think>4", "4", 1.0),
         ({}, "<think>it is 4", "4", 0.0),
     ],
