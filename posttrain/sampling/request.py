@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field
 
 from posttrain.config import Config, semantic
+from posttrain.types import Conversation
 
 
 class Sampling(Config):
@@ -56,6 +57,18 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
     n: int = 1
+    conversation: Conversation | None = None  # what the tokens say, for engines that render it
+
+
+def alike(
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> list[Request]:
+    """One request a prompt, each with draws of its own. seed: under 2**32."""
+    stops = tuple(stop_ids)
+    return [Request(p, sampling, stops, seed=seed << 32 | i) for i, p in enumerate(prompts)]
 
 
 @dataclass(frozen=True)

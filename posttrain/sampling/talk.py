@@ -58,7 +58,8 @@ class Talk:
     calls: int = 0
     failed_calls: int = 0
     stopped: bool = False  # the last turn ended with a stop token
-    scored: bool = True  # the engine gave log-probs
+    drawn_known: bool = True  # the engine gave log-probs of what was drawn from
+    plain_known: bool = True  # and those of the model itself
 
     def __post_init__(self) -> None:
         self._unsampled(len(self.tokens))
@@ -73,7 +74,8 @@ class Talk:
         # the engine tells the n of a first turn apart by itself
         later = (self.which, self.turns) if self.turns else ()
         own = _seed(seed, self.prompt.id, self.nth, *later)
-        return Request(list(self.tokens), sampling, self.chat.stop_ids, own, n)
+        said = self._conversation()
+        return Request(list(self.tokens), sampling, self.chat.stop_ids, own, n, said)
 
     def take(self, completion: Completion) -> Finish | None:
         """What the model wrote; None: the calls in `asked` are to be run, else how it ends."""
@@ -81,8 +83,8 @@ class Talk:
         opened = _OPENED.search(decode(self.tokens[-8:]))
         self.tokens += new
         self.weights += [1.0] * len(new)
-        if len(completion.logps) != len(new) or len(completion.plain_logps) != len(new):
-            self.scored = False
+        self.drawn_known &= len(completion.logps) == len(new)
+        self.plain_known &= len(completion.plain_logps) == len(new)
         self.logps += completion.logps
         self.plain_logps += completion.plain_logps
         self.turns += 1
@@ -132,10 +134,9 @@ class Talk:
         self.calls += len(answers)
         self.failed_calls += sum(answer.failed for answer in answers)
         turn = len(self.prompt.messages) + len(self.messages) - 1
-        whole = (*self.prompt.messages, *self.messages, *results)
-        conversation = Conversation(whole, self.prompt.tools, self.prompt.template_kwargs)
+        said = self._conversation(results)
         try:
-            ids = follow_up(self.chat, conversation, turn, stopped=self.stopped)
+            ids = follow_up(self.chat, said, turn, stopped=self.stopped)
         except ChatError:  # more calls at once than the template writes, say
             self.failed_calls += sum(not answer.failed for answer in answers)
             return "stop"
@@ -145,6 +146,10 @@ class Talk:
         self.tokens += ids
         self._unsampled(len(ids))
         return None
+
+    def _conversation(self, more: Sequence[Message] = ()) -> Conversation:
+        said = (*self.prompt.messages, *self.messages, *more)
+        return Conversation(said, self.prompt.tools, self.prompt.template_kwargs)
 
     def _unsampled(self, count: int) -> None:
         for values in (self.weights, self.logps, self.plain_logps):
@@ -161,8 +166,8 @@ class Talk:
             finish=finish,
             tokens=np.array(self.tokens, np.int32),
             loss_weights=array(self.weights, True),
-            logps=array(self.logps, self.scored),
-            plain_logps=array(self.plain_logps, self.scored),
+            logps=array(self.logps, self.drawn_known),
+            plain_logps=array(self.plain_logps, self.plain_known),
             group=first_group + self.group,
             version=version,
             calls=self.calls,
