@@ -22,6 +22,7 @@ JOBS = {
     "sft": ("posttrain.jobs.sft", "supervised fine-tuning on conversations"),
     "preference": ("posttrain.jobs.preference", "preference optimisation on pairs of answers"),
     "reward_model": ("posttrain.jobs.reward_model", "a model that scores answers, from pairs"),
+    "rl": ("posttrain.jobs.rl", "learning online: a task's rewards, GRPO to PPO"),
     "score": ("posttrain.jobs.score", "rows of answers -> the same rows with their scores"),
     "data": ("posttrain.jobs.data", "prepare, preview or check training data"),
     "convert": ("posttrain.jobs.convert", "model folder or run -> Hugging Face model folder"),

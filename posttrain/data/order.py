@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from posttrain.config import ConfigError
 
-SHUFFLE, SUBSET, ROWS, STRATA = 1, 2, 3, 4
+SHUFFLE, SUBSET, ROWS, STRATA, PROMPTS, ANSWERS = 1, 2, 3, 4, 5, 6
 """What a permutation is for: the first word of its key, so that no two purposes share numbers."""
 
 

@@ -196,7 +196,7 @@ class Plan:
         out = np.full((groups, room, self.max_segments), -1, np.int32)
         place = np.zeros(groups, np.int64)
         for block, (rows, trained) in enumerate(self._step_blocks(step)):
-            group_of = _spread(trained, self._groups, room)
+            group_of = spread(trained, self._groups, room)
             for members, within in zip(rows, group_of, strict=True):
                 group = block * self._groups + within
                 out[group, place[group], : len(members)] = members
@@ -209,7 +209,7 @@ class Plan:
             room, most = self.micro_rows // self.batch_shards, 0
             for step in range(self.steps):
                 for _, trained in self._step_blocks(step):
-                    group_of = np.asarray(_spread(trained, self._groups, room), np.int64)
+                    group_of = np.asarray(spread(trained, self._groups, room), np.int64)
                     loads = np.bincount(group_of, trained, self._groups)
                     most = max(most, int(loads.max()))
             self._budget = most
@@ -274,7 +274,7 @@ class Plan:
         if self.sides == 1:
             return [units]
         tokens = self._unit_lengths[units]
-        block_of = np.asarray(_spread(tokens, self._blocks, len(units)))
+        block_of = np.asarray(spread(tokens, self._blocks, len(units)))
         pairs = [units[block_of == block] for block in range(self._blocks)]
         return [(2 * pair[:, None] + np.arange(2)).reshape(-1) for pair in pairs]
 
@@ -330,7 +330,7 @@ class Plan:
                     )
 
 
-def _spread(trained: np.ndarray, groups: int, room: int) -> list[int]:
+def spread(trained: np.ndarray, groups: int, room: int) -> list[int]:
     """The group of each row: most trained tokens first, each to the lightest group with room.
 
     Longest-processing-time scheduling (Graham 1969), here with a limit to the rows of a group.

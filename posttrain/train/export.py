@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,21 @@ import jax.numpy as jnp
 from posttrain.checkpoint import is_primary
 from posttrain.config import plain_dict
 from posttrain.config_yaml import to_yaml
-from posttrain.data.plan import Plan
 from posttrain.models import hf, peft
 from posttrain.models.adapters import merging
 from posttrain.models.nested import flat, join
 from posttrain.train.model import Model
 
 
-def export(cfg: Any, model: Model, plan: Plan, trained: Any, frozen: Any) -> None:
+@dataclass(frozen=True)
+class Story:
+    """What the model card says of the training. seen: what it was trained on, a line each."""
+
+    steps: int
+    seen: list[str]
+
+
+def export(cfg: Any, model: Model, story: Story, trained: Any, frozen: Any) -> None:
     """<run_dir>/export: weights, config, tokenizer, template, generation config, model card.
 
     Adapters are merged into the weights.
@@ -43,12 +51,12 @@ def export(cfg: Any, model: Model, plan: Plan, trained: Any, frozen: Any) -> Non
     )
     if is_primary():
         model.chat.save(folder)
-        card = _model_card(cfg, model, plan, "transformers")
+        card = _model_card(cfg, model, story, "transformers")
         (folder / "README.md").write_text(card, encoding="utf-8")
         print(f"exported to {folder}", flush=True)
 
 
-def save_adapter(cfg: Any, model: Model, plan: Plan, trained: Any, frozen: Any) -> None:
+def save_adapter(cfg: Any, model: Model, story: Story, trained: Any, frozen: Any) -> None:
     """<run_dir>/adapter: what a run with adapters trained, alone, in PEFT's format."""
     assert model.lora is not None
     folder = Path(cfg.run_dir) / "adapter"
@@ -68,7 +76,7 @@ def save_adapter(cfg: Any, model: Model, plan: Plan, trained: Any, frozen: Any) 
             tokenizer = tokenizer.padding_apart(model.chat.stop_ids)
         tokenizer.save(folder)
         model.chat.save(folder)
-        card = _model_card(cfg, model, plan, "peft")
+        card = _model_card(cfg, model, story, "peft")
         (folder / "README.md").write_text(card, encoding="utf-8")
         print(f"adapter saved to {folder}", flush=True)
 
@@ -77,15 +85,13 @@ METHODS = {
     "sft": "Supervised fine-tuning (posttrain sft)",
     "preference": "Preference optimisation (posttrain preference, {loss})",
     "reward_model": "Reward model (posttrain reward_model, {loss})",
+    "rl": "Reinforcement learning (posttrain rl, {loss})",
 }
 """By job, what the model card calls it."""
 
 
-def _model_card(cfg: Any, model: Model, plan: Plan, library: str) -> str:
-    sources = "\n".join(
-        f"- {name}: {', '.join(source.paths)}, seen {plan.repeats[name]:.4g} times an epoch"
-        for name, source in cfg.data.sources.items()
-    )
+def _model_card(cfg: Any, model: Model, story: Story, library: str) -> str:
+    sources = "\n".join(f"- {line}" for line in story.seen)
     config = plain_dict(cfg)
     method = METHODS[cfg.job].format(loss=config["loss"]["type"])
     use = (
@@ -105,7 +111,7 @@ tags: [posttrain, {cfg.job}]
 # {cfg.model.path}, fine-tuned
 
 {method} of a {model.spec.family} model with
-{model.spec.parameters:,} parameters: {plan.steps:,} optimiser steps, trained on the assistant's
+{model.spec.parameters:,} parameters: {story.steps:,} optimiser steps, trained on the assistant's
 turns ({cfg.chat.train_on}) of
 
 {sources}

@@ -12,6 +12,8 @@ from posttrain.checkpoint import is_primary
 from posttrain.data.plan import Plan
 from posttrain.losses.base import PreferenceLoss
 from posttrain.train.model import Model
+from posttrain.train.prompts import PromptStream
+from posttrain.train.rollout_rows import Shape
 
 
 def say(
@@ -98,3 +100,30 @@ def _head_line(model: Model, plan: Plan) -> str:
     if model.new_head:
         return f"score head: new, random with standard deviation {model.spec.init_std:g}"
     return "score head: the model's"
+
+
+def say_online(
+    cfg: Any, model: Model, mesh: jax.sharding.Mesh, shape: Shape, stream: PromptStream,
+    steps: int, start: int, began: float,
+) -> None:  # fmt: skip
+    """Likewise of a run that learns online."""
+    if not is_primary():
+        return
+    devices = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    round_, rounds = cfg.round, -(-steps // cfg.round.updates)
+    every = f"{round_.prompts * round_.answers:,} answers ({round_.prompts} x {round_.answers})"
+    rewards = ", ".join(f"{part.weight:g} x {name}" for name, part in cfg.rewards.items())
+    warnings = optim.warnings(cfg.optim, steps)
+    for line in (
+        f"model: {model.spec.title}, {model.spec.parameters:,} parameters, {cfg.model.path}",
+        *_base_lines(cfg),
+        f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {devices}",
+        f"task: {cfg.task.name}, {len(stream):,} prompts; reward: {rewards}",
+        f"{rounds:,} rounds of {every}, {round_.updates} steps on each: {steps:,} steps",
+        f"rows: {shape.seq_len:,} tokens, {shape.micro_rows} in a micro-batch",
+        cfg.kl.line(),
+        *(f"learning rate: {warning}" for warning in warnings),
+        f"{'continuing at' if start else 'starting at'} step {start}, "
+        f"{time.monotonic() - began:.1f} s after the start",
+    ):
+        print(line, flush=True)

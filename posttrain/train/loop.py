@@ -166,7 +166,7 @@ def train(run: Run, state: Any) -> tuple[Any, bool]:
                     if evaluates and run.evaluate is not None and not stopped:
                         found = run.evaluate(state, step)
                         run.writer.write(step, found)
-                        progress.say(_evaluation_line(step, found))
+                        progress.say(evaluation_line(step, found))
             if stopped:
                 progress.say(f"told to stop: saved step {step}")
                 break
@@ -294,7 +294,8 @@ class _Trace:
             jax.profiler.stop_trace()
 
 
-def _evaluation_line(step: int, metrics: dict[str, float]) -> str:
+def evaluation_line(step: int, metrics: dict[str, float]) -> str:
+    """What the terminal says of an evaluation."""
     ends = tuple(f"/{name}" for name in ("loss", *WATCHED, "reward"))
     shown = [f"{k} {v:.4f}" for k, v in metrics.items() if k.endswith(ends)]
     return f"evaluation at step {step}: " + ", ".join(shown)

@@ -57,9 +57,14 @@ class Parts:
             budget=plan.head_budget(),
             head_chunk=self.cfg.train.head_chunk,
             sources=sources,
-            router=RouterWeights(self.cfg.train.router_balance, self.cfg.train.router_z),
+            router=self.router,
             dropout=self.cfg.seed if self.model.lora and self.model.lora.dropout else None,
         )
+
+    @property
+    def router(self) -> RouterWeights:
+        """Of the losses of a mixture's router."""
+        return RouterWeights(self.cfg.train.router_balance, self.cfg.train.router_z)
 
     def held_out(self) -> list[HeldOut | HeldOutPairs]:
         """Each evaluation set: one epoch, in order, laid out as training's batches are."""

@@ -70,40 +70,59 @@ def make_references(
     nothing = References(stores=(None,) * len(sets))
     if mode is None or "reference_logps" not in parts.cfg.loss.needs:
         return nothing
-    file = parts.cfg.run_dir / "reference.json"
-    recorded = json.loads(file.read_text())["weights"] if resuming and file.exists() else None
-
-    def same() -> tuple[Any, str]:
-        params = starting()
-        found = fingerprint(without_fresh(params))
-        if recorded not in (None, found):
-            raise ValueError(
-                f"{parts.cfg.run_dir}: the run's reference is what it started from, and "
-                f"{parts.cfg.checkpoint.init_from or parts.cfg.model.path} holds other weights "
-                "now: put those back, or start a new run in another run_dir"
-            )
-        return params, found
-
     if mode == "live":
-        params, weights = same()
-        trained, frozen = parts.split(params)
-        live = join(live_copy(trained, parts.cfg.model.dtype), frozen)
-        made = References(live, nothing.stores)
-    else:
-        params, weights = (None, recorded) if recorded else same()
-        stores = [_store(parts, cache, weights) for cache, _ in sets]
-        for (cache, plan), store in zip(sets, stores, strict=True):
-            store.refresh()  # a set may be the one before it under another name
-            missing = _missing(plan, store)
-            if missing.any():
-                params = same()[0] if params is None else params
-                _compute(parts, cache, plan, store, missing, params)
-        made = References(None, tuple(stores))
+        return References(live_reference(parts, starting, resuming), nothing.stores)
+    recorded = _recorded(parts, resuming)
+    params, weights = (None, recorded) if recorded else _same(parts, starting, recorded)
+    stores = [_store(parts, cache, weights) for cache, _ in sets]
+    for (cache, plan), store in zip(sets, stores, strict=True):
+        store.refresh()  # a set may be the one before it under another name
+        missing = _missing(plan, store)
+        if missing.any():
+            params = _same(parts, starting, recorded)[0] if params is None else params
+            _compute(parts, cache, plan, store, missing, params)
+    _record(parts, weights)
+    return References(None, tuple(stores))
+
+
+def live_reference(parts: Any, starting: Callable[[], Any], resuming: bool) -> Any:
+    """The parameters of a live reference: those of `starting`, of what is trained a copy.
+
+    parts: anything with a cfg and a split of the parameters. ValueError where a resumed run began
+    with others.
+    """
+    params, weights = _same(parts, starting, _recorded(parts, resuming))
+    trained, frozen = parts.split(params)
+    live = join(live_copy(trained, parts.cfg.model.dtype), frozen)
+    _record(parts, weights)
+    return live
+
+
+def _recorded(parts: Any, resuming: bool) -> str | None:
+    """The fingerprint of the reference that a resumed run began with."""
+    file = parts.cfg.run_dir / "reference.json"
+    return json.loads(file.read_text())["weights"] if resuming and file.exists() else None
+
+
+def _same(parts: Any, starting: Callable[[], Any], recorded: str | None) -> tuple[Any, str]:
+    """(parameters, fingerprint) of what the run started from."""
+    params = starting()
+    found = fingerprint(without_fresh(params))
+    if recorded not in (None, found):
+        raise ValueError(
+            f"{parts.cfg.run_dir}: the run's reference is what it started from, and "
+            f"{parts.cfg.checkpoint.init_from or parts.cfg.model.path} holds other weights "
+            "now: put those back, or start a new run in another run_dir"
+        )
+    return params, found
+
+
+def _record(parts: Any, weights: str) -> None:
     if is_primary():
+        file = parts.cfg.run_dir / "reference.json"
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps({"weights": weights}) + "\n")
         temporary.replace(file)
-    return made
 
 
 def live_copy(params: Any, dtype: str) -> Any:

@@ -27,7 +27,7 @@ from posttrain.sampling import engine
 from posttrain.train import evaluate, loop
 from posttrain.train.config import EvalConfig, ReferenceSync
 from posttrain.train.evaluate import HeldOut
-from posttrain.train.export import export, save_adapter
+from posttrain.train.export import Story, export, save_adapter
 from posttrain.train.first_lines import say
 from posttrain.train.model import Model, open_model, use_compile_cache
 from posttrain.train.offline import OfflineSource, step_size
@@ -80,8 +80,8 @@ def _run(
         model = open_model(cfg, mesh, head=head, new_head=True, lora=cfg.lora, seed=cfg.seed)
         parts = Parts(cfg, mesh, model, kind)
         parts.split(parts.model.params)  # refuses patterns that name nothing before data are read
-        _refuse_long_rows(cfg.data.seq_len, parts.model)
-        _refuse_what_has_no_use(cfg, mesh, parts.model)
+        refuse_long_rows("data.seq_len", cfg.data.seq_len, parts.model)
+        refuse_what_has_no_use(cfg, mesh, parts.model, ("data.seq_len", cfg.data.seq_len))
         if head == "score" and cfg.export:  # what the export would refuse, before training
             parts.model.tokenizer.padding_apart(parts.model.chat.stop_ids)
         cache = parts.prepare(cfg.data, "data.sources")
@@ -104,22 +104,28 @@ def _refuse_missing_files(cfg: Any) -> None:
         raise ValueError("\n".join(missing))
 
 
-def _refuse_long_rows(seq_len: int, model: Model) -> None:
+def refuse_long_rows(key: str, seq_len: int, model: Model) -> None:
+    """ConfigError where rows are longer than the model's context. key: that says how long."""
     if seq_len > model.spec.max_positions:
         raise ConfigError(
-            f"data.seq_len is {seq_len}, and the model's context is {model.spec.max_positions} "
-            f"(max_position_embeddings of {model.folder}/config.json): lower data.seq_len; "
-            "data.too_long says what becomes of longer examples"
+        hint = "; data.too_long says what becomes of longer examples" if "data" in key else ""
+            f"{key} is {seq_len}, and the model's context is {model.spec.max_positions} "
+            f"(max_position_embeddings of {model.folder}/config.json): lower {key}{hint}"
         )
 
 
-def _refuse_what_has_no_use(cfg: Any, mesh: jax.sharding.Mesh, model: Model) -> None:
-    """Devices that would do what others do, and losses of a router where there is none."""
+def refuse_what_has_no_use(
+    cfg: Any, mesh: jax.sharding.Mesh, model: Model, seq_len: tuple[str, int]
+) -> None:
+    """Devices that would do what others do, and losses of a router where there is none.
+
+    seq_len: the key that says it, and what it says.
+    """
     experts = max(kind.experts for kind in model.spec.kinds)
     wrong = []
     for axis, size, what in (
         ("expert", experts, f"the {experts} experts of {model.folder}"),
-        ("context", cfg.data.seq_len, f"data.seq_len={cfg.data.seq_len}"),
+        ("context", seq_len[1], "=".join(map(str, seq_len))),
     ):
         if (n := mesh.shape[axis]) > 1 and (size == 0 or size % n):
             said = f"does not divide {what}" if size else f"{model.spec.family} has no experts"
@@ -166,10 +172,10 @@ def _train(
     known = (model.params, starting() if starting.cache_info().currsize else None)
     if resuming:
         layout = abstract(state)
-        _free((state, known), but=frozen)
+        free((state, known), but=frozen)
         state = checkpoints.restore(layout)
     else:
-        _free(known, but=(state, frozen))
+        free(known, but=(state, frozen))
     start = int(state.step)
     if start > plan.steps:
         raise ConfigError(
@@ -214,13 +220,18 @@ def _train(
     if preempted:
         return loop.PREEMPTED
     if model.lora:
-        save_adapter(cfg, model, plan, state.params, frozen)
+    seen = [
+        f"{name}: {', '.join(from_.paths)}, seen {plan.repeats[name]:.4g} times an epoch"
+        for name, from_ in cfg.data.sources.items()
+    ]
+    story = Story(plan.steps, seen)
+        save_adapter(cfg, model, story, state.params, frozen)
     if cfg.export:
-        export(cfg, model, plan, state.params, frozen)
+        export(cfg, model, story, state.params, frozen)
     return 0
 
 
-def _free(tree: Any, *, but: Any) -> None:
+def free(tree: Any, *, but: Any) -> None:
     """Gives back the memory of arrays that somebody still holds and nobody reads again."""
     kept = {id(array) for array in jax.tree.leaves(but)}
     for array in jax.tree.leaves(tree):

@@ -17,13 +17,15 @@ from posttrain import optim, sharding
 class TrainState:
     """params: those that are trained, a nested dict of arrays (see train/trainable.py).
 
-    reference: likewise, of a reference that follows them (see train/sync.py); None: there is none.
+    reference: likewise, of a reference that follows them (see train/sync.py); critic: the state of
+    a critic, which is trained beside them by a step of its own. None: there is none.
     """
 
     step: jax.Array  # int32 scalar: updates made
     params: Any
     opt_state: Any
     reference: Any = None
+    critic: TrainState | None = None
 
 
 def new_state(params: Any, tx: optax.GradientTransformation) -> TrainState:

@@ -69,7 +69,8 @@ class Forward:
     temperature: log-probabilities are of softmax(logits / temperature), as answers were sampled.
     router: weights of the losses of a mixture's router, which are trained beside the loss and not
     in the `loss` that is reported; their means are over all real tokens of the step. dropout: the
-    seed of adapters' dropout, None where there is none; key: of the update under way.
+    seed of adapters' dropout, None where there is none; key: of the update under way. ragged:
+    micro-batches at the end of a step may be empty, and are passed over.
     """
 
     graphdef: Any
@@ -82,6 +83,7 @@ class Forward:
     dropout: int | None = None
     key: Any = None
     temperature: float = 1.0
+    ragged: bool = False
 
     def at(self, step: jax.Array) -> Forward:
         """In update `step` of training: with dropout, a function of seed and step alone."""
@@ -109,7 +111,7 @@ class Forward:
         outputs = self.outputs(params, micro, self.loss.needs)
         whole = jax.lax.stop_gradient(self._whole(outputs, micro) if whole is None else whole)
         terms = self._terms(outputs, micro, whole.statistic)
-        loss = Mean((terms.values * terms.weights).sum(), _counts(terms).sum())
+        loss = Mean((terms.values * terms.weights).sum(), terms.weights.sum())
         metrics = {**terms.metrics, "loss": loss, "loss_by_source": self._by_source(terms)}
         if outputs.routing is not None:
             metrics["routing"] = outputs.routing
@@ -135,7 +137,7 @@ class Forward:
             micro = self._referenced(micro, reference)
             return self._whole(self.outputs(params, micro, self.loss.needs), micro)
 
-        return _sum_over_micro_batches(part, batch)
+        return _sum_over_micro_batches(part, batch, ragged=self.ragged)
 
     def _whole(self, outputs: TokenOutputs, micro: Batch) -> Whole:
         """One micro-batch's part of it."""
@@ -254,7 +256,9 @@ def train_step_fn(
         now = forward.at(state.step)
         whole = now.whole(join(state.params, frozen), batch, reference)
         grads, count, metrics = _sum_over_micro_batches(
-            lambda micro: micro_grads(state.params, now, micro, reference, frozen, whole), batch
+            lambda micro: micro_grads(state.params, now, micro, reference, frozen, whole),
+            batch,
+            ragged=forward.ragged,
         )
         grads = jax.tree.map(lambda g: g / count, grads)
         norm = optax.tree.norm(grads)
@@ -304,8 +308,13 @@ def whole_fn(forward: Forward) -> Callable[..., Whole] | None:
     return jax.jit(part, out_shardings=sharding.replicated(forward.mesh))
 
 
-def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
-    """Adds function(micro-batch) over the leading axis, one micro-batch in memory at a time."""
+def _sum_over_micro_batches(
+    function: Callable[[Batch], Any], batch: Batch, *, ragged: bool = False
+) -> Any:
+    """Adds function(micro-batch) over the leading axis, one micro-batch in memory at a time.
+
+    ragged: over those before the first that is all padding.
+    """
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens.shape[0] == 1:
         return function(first)
@@ -314,6 +323,11 @@ def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> A
     def add(acc: Any, micro: Batch) -> tuple[Any, None]:
         return added(acc, function(micro)), None
 
+    if ragged:
+        live = (batch.segment_ids > 0).any((1, 2)).sum()
+        return jax.lax.fori_loop(
+            0, live, lambda i, acc: add(acc, jax.tree.map(lambda x: x[i], batch))[0], nothing
+        )
     return jax.lax.scan(add, nothing, batch)[0]
 
 

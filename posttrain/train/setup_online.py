@@ -1,0 +1,281 @@
+"""Puts a run of `posttrain rl` together: mesh, prompts, model, engine, rewards, steps; runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+from flax import nnx
+
+from posttrain import checkpoint, optim, sharding
+from posttrain.checkpoint import Checkpoints, is_primary
+from posttrain.config import ConfigError, plain_dict
+from posttrain.losses.kl import objective
+from posttrain.metrics import Writer
+from posttrain.models.nested import join
+from posttrain.rewards.scorer import Scorer
+from posttrain.sampling.engine import Engine
+from posttrain.sampling.request import RolloutEngine
+from posttrain.tools import Tool, open_tools
+from posttrain.train import loop
+from posttrain.train.answering import Answering
+from posttrain.train.evaluate_online import HeldOutPrompts
+from posttrain.train.export import Story, export, save_adapter
+from posttrain.train.first_lines import say_online
+from posttrain.train.model import open_model, use_compile_cache
+from posttrain.train.online import Judges, OnlineSource
+from posttrain.train.online_steps import Critic, make_steps
+from posttrain.train.parts import Parts
+from posttrain.train.passes import Passes
+from posttrain.train.prompts import PromptStream, shortest_that_fit
+from posttrain.train.reference import live_reference
+from posttrain.train.rollout_rows import Shape
+from posttrain.train.setup import free, refuse_long_rows, refuse_what_has_no_use
+from posttrain.train.starting import keep_frozen
+from posttrain.train.state import TrainState, abstract, new_state
+from posttrain.train.step import Forward
+from posttrain.types import Prompt
+
+EngineMaker = Callable[[Parts], RolloutEngine]
+
+
+def our_engine(parts: Parts) -> RolloutEngine:
+    """The engine that samples on the mesh that trains."""
+    cfg, model = parts.cfg, parts.model
+    return Engine(
+        nnx.merge(model.graphdef, nnx.State(model.params)),
+        slots=cfg.round.slots,
+        length=cfg.round.seq_len,
+        tokenizer=model.tokenizer,
+    )
+
+
+def run(cfg: Any, devices: Sequence[Any] | None = None, *, engine: EngineMaker = our_engine) -> int:
+    """A whole run on all devices or those given; its exit code.
+
+    cfg: the Config of posttrain.jobs.rl. engine: makes what answers prompts.
+    """
+    with loop.stops_at_once():
+        return _run(cfg, devices, engine)
+
+
+def _run(cfg: Any, devices: Sequence[Any] | None, make_engine: EngineMaker) -> int:
+    began = time.monotonic()
+    sharding.init_distributed(cfg.distributed)
+    use_compile_cache()
+    mesh = sharding.make_mesh(cfg.mesh, devices)
+    with jax.set_mesh(mesh), checkpoint.held(cfg.run_dir):
+        resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
+        if cfg.checkpoint.init_from and not resuming:
+            checkpoint.find_checkpoint(cfg.checkpoint.init_from)
+        prompts = cfg.task.prompts("train")
+        held_out = cfg.task.prompts("held_out") if cfg.eval.prompts else ()
+        tools = open_tools(cfg.tools, cfg.task.tools)
+        if tools and jax.process_count() > 1:
+            raise ConfigError(
+                f"tools.use: {', '.join(tools)}: with several processes each would run the tools "
+                "for itself, and nothing makes sure that they hear the same: use one process"
+            )
+        with Scorer(cfg.rewards, cfg.shaping) as scorer:
+            model = open_model(cfg, mesh, lora=cfg.lora, seed=cfg.seed)
+            parts = Parts(cfg, mesh, model, "samples")
+            parts.split(parts.model.params)  # refuses patterns that name nothing
+            refuse_long_rows("round.seq_len", cfg.round.seq_len, model)
+            refuse_what_has_no_use(cfg, mesh, model, ("round.seq_len", cfg.round.seq_len))
+            stream = PromptStream(prompts, cfg.seed, shuffled=cfg.round.order == "shuffle")
+            steps = _length(cfg, len(prompts))
+            shape = _shape(parts, stream, held_out, tools, steps)
+            answering = Answering(
+                make_engine(parts),
+                model.chat,
+                scorer,
+                seq_len=cfg.round.seq_len,
+                tools=tools,
+                max_turns=cfg.tools.max_turns,
+            )
+            judged = (
+                HeldOutPrompts(answering, list(held_out[: cfg.eval.prompts]), cfg)
+                if cfg.eval.prompts
+                else None
+            )
+            return _train(parts, shape, stream, answering, judged, steps, resuming, began)
+
+
+def _length(cfg: Any, prompts: int) -> int:
+    """Optimiser steps of the run."""
+    if cfg.train.steps:
+        return cfg.train.steps
+    rounds = -(-prompts * (cfg.train.epochs or 1) // cfg.round.prompts)
+    return rounds * cfg.round.updates
+
+
+def _shape(
+    parts: Parts,
+    stream: PromptStream,
+    held_out: Sequence[Prompt],
+    tools: Mapping[str, Tool],
+    steps: int,
+) -> Shape:
+    """What batches look like; refuses prompts that would not fit before anything is sampled."""
+    cfg = parts.cfg
+    rounds = -(-steps // cfg.round.updates)
+    schemas = tuple(tool.schema for tool in tools.values())
+    shortest = []
+    for split, prompts in (
+        ("train", stream.first(rounds * cfg.round.prompts * (1 + cfg.round.resample))),
+        ("held-out", held_out[: cfg.eval.prompts]),
+    ):
+        shown = [p if p.tools else dataclasses.replace(p, tools=schemas) for p in prompts]
+        if shown:
+            new_tokens, seq_len = cfg.sampling.max_new_tokens, cfg.round.seq_len
+            length = shortest_that_fit(
+                shown, parts.model.chat, new_tokens=new_tokens, seq_len=seq_len, split=split
+            )
+            shortest.append(length)
+    return Shape(
+        shards=sharding.batch_shards(parts.mesh),
+        rows=max(1, cfg.round.micro_tokens // cfg.round.seq_len),
+        seq_len=cfg.round.seq_len,
+        segments=max(1, cfg.round.seq_len // (shortest[0] + 1)),
+    )
+
+
+def _forward(parts: Parts, loss: Any) -> Callable[[int], Forward]:
+    """Of a head's budget."""
+    cfg = parts.cfg
+
+    def made(budget: int) -> Forward:
+        return Forward(
+            parts.model.graphdef,
+            loss,
+            parts.mesh,
+            budget=budget,
+            head_chunk=min(cfg.train.head_chunk, budget),
+            sources=1,
+            router=parts.router,
+            temperature=cfg.sampling.temperature,
+            ragged=True,
+        )
+
+    return made
+
+
+def _critic(parts: Parts) -> tuple[Critic, Any] | None:
+    """The critic's model and its parameters, all of which are trained."""
+    cfg = parts.cfg
+    if cfg.critic is None:
+        return None
+    path = cfg.critic.path or cfg.model.path
+    named = cfg.model.model_copy(update={"path": path})
+    opened = open_model(
+        SimpleNamespace(model=named, chat=cfg.chat), parts.mesh, head="value", new_head=True
+    )
+    other = Parts(cfg.model_copy(update={"lora": None}), parts.mesh, opened, "samples")
+    return Critic(cfg.critic, _forward(other, cfg.critic.loss)), opened.params
+
+
+def _train(
+    parts: Parts,
+    shape: Shape,
+    stream: PromptStream,
+    answering: Answering,
+    held_out: HeldOutPrompts | None,
+    steps: int,
+    resuming: bool,
+    began: float,
+) -> int:
+    cfg, mesh, model = parts.cfg, parts.mesh, parts.model
+
+    @functools.cache
+    def starting() -> Any:
+        source = cfg.checkpoint.init_from
+        return parts.restored(source) if source else model.params
+
+    reference = live_reference(parts, starting, resuming) if cfg.kl.coef else None
+    checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, plain_dict(cfg))
+    whole = starting() if not resuming or parts.split(model.params)[1] else model.params
+    trained, frozen = parts.split(whole)
+    keep_frozen(cfg.run_dir, frozen)
+    tx = optim.make_optimizer(cfg.optim, steps)
+    state = new_state(trained, tx)
+    critic = _critic(parts)
+    if critic is not None:
+        state = dataclasses.replace(state, critic=new_state(critic[1], critic[0].optimizer(steps)))
+    known = (model.params, starting() if starting.cache_info().currsize else None)
+    saved: dict[str, Any] = {}
+    if resuming:
+        layout = abstract(state)
+        free((state, known), but=(frozen, reference))
+        state = checkpoints.restore(layout)
+        saved = checkpoints.source(int(state.step))
+    else:
+        free(known, but=(state, frozen, reference))
+    start = int(state.step)
+    if start > steps:
+        raise ConfigError(
+            f"{cfg.run_dir} is at step {start}, past the {steps} steps this config asks for"
+        )
+    forward = _forward(parts, objective(cfg.loss, cfg.kl, cfg.sampling.max_new_tokens))
+    room = shape.micro_batches(cfg.round.prompts * cfg.round.answers)
+    judges = Judges(
+        logps=Passes(forward, shape, mesh, room),
+        frozen=frozen,
+        reference=reference,
+        values=critic and Passes(critic[0].forward, shape, mesh, room, values=True),
+    )
+    source = OnlineSource(
+        cfg, mesh, stream, answering, judges, shape, right=cfg.right, start=start, saved=saved
+    )
+    made = make_steps(cfg, forward, tx, steps, state, critic and critic[0])
+    writer = Writer(cfg.run_dir, cfg.log, primary=is_primary(), resumed_at=start)
+    say_online(cfg, model, mesh, shape, stream, steps, start, began)
+    evaluate = None if held_out is None else functools.partial(_measure, held_out, frozen)
+    run = loop.Run(
+        folder=cfg.run_dir,
+        spec=model.spec,
+        train_step=lambda state, batch, _, frozen: made(source.budget)(state, batch, frozen),
+        reference=None,
+        synced=False,
+        frozen=frozen,
+        adapters=model.lora is not None,
+        source=source,
+        total_steps=steps,
+        source_names=[cfg.task.name],
+        checkpoints=checkpoints,
+        writer=writer,
+        log=cfg.log,
+        evaluate=evaluate,
+        eval_every=cfg.eval.every,
+        tokens_before=source.tokens,
+    )
+    try:
+        if evaluate is not None and cfg.eval.first and not start:
+            found = evaluate(state, 0)
+            writer.write(0, found)
+            if is_primary():
+                print(loop.evaluation_line(0, found), flush=True)
+        state, preempted = loop.train(run, state)
+    finally:
+        source.close()
+        checkpoints.close()
+        writer.close()
+    if preempted:
+        return loop.PREEMPTED
+    seen = f"{cfg.task.name}: {len(stream):,} prompts, {cfg.round.answers} answers to each"
+    story = Story(steps, [seen])
+    if model.lora:
+        save_adapter(cfg, model, story, state.params, frozen)
+    if cfg.export:
+        export(cfg, model, story, state.params, frozen)
+    return 0
+
+
+def _measure(
+    held_out: HeldOutPrompts, frozen: Any, state: TrainState, step: int
+) -> dict[str, float]:
+    return held_out.measure(join(state.params, frozen), step)

@@ -1,0 +1,39 @@
+"""A task for tests: say numbers; the more of the answer's tokens are of one kind, the better."""
+
+from __future__ import annotations
+
+import random
+from typing import ClassVar
+
+from posttrain.tasks.base import Generated, Question, Rewards
+from posttrain.types import Rollout
+
+HERE = "tests.jobs.rl_task"
+
+
+class Letters(Generated):
+    """The reward is the share of sampled ids that are in the lower half, which a random model's
+    are half of the time."""
+
+    name = "letters"
+    rewards: ClassVar[Rewards] = {"share": {"type": f"{HERE}:share"}}
+
+    def draw(self, rng: random.Random) -> Question | None:
+        return Question(f"Say {rng.randint(0, 999)}", answer="low")
+
+
+def share(rollout: Rollout) -> float:
+    """Of sampled ids, how many are under 3,200 of 6,400."""
+    sampled = rollout.tokens[rollout.loss_weights > 0]
+    return float((sampled < 3200).mean()) if len(sampled) else 0.0
+
+
+def long_alone(rollout: Rollout) -> float | None:
+    """Judges the answers of even length alone."""
+    return None if rollout.length % 2 else 1.0
+
+
+def flat_or_not(rollout: Rollout) -> float:
+    """The same for all answers to a prompt with an even number; else `share`."""
+    number = int(str(rollout.prompt.messages[-1]["content"]).split()[-1])
+    return share(rollout) if number % 2 else 0.5

@@ -1,0 +1,77 @@
+"""`posttrain rl` from config to export: it learns, it reports, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from posttrain import config
+from posttrain.jobs import rl
+from posttrain.train import setup_online
+from tests.jobs.rl_task import HERE
+from tests.jobs.runs import Finished, Runner
+
+KEYS = [
+    *("model.dtype=float32", "model.remat=none", f"task.type={HERE}:Letters", "task.size=64"),
+    *("sampling.max_new_tokens=8", "round.prompts=4", "round.answers=4", "round.seq_len=64"),
+    *("round.micro_tokens=256", "round.slots=8", "optim.lr=3e-3", "optim.warmup=0"),
+    *("eval.prompts=0", "log.tensorboard=false", "rollouts.every=null", "export=false"),
+]
+
+
+@pytest.fixture(scope="session")
+def run_rl(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """run_rl(*key=value, devices=1, folder=new) -> Finished."""
+
+    def run(*keys: str, devices: int = 1, folder: Path | None = None) -> Finished:
+        folder = folder or tmp_path_factory.mktemp("run")
+        own = [f"model.path={tiny_model}", f"run_dir={folder}"]
+        cfg = config.load(rl.Config, [], [*KEYS, *own, *keys])
+        return Finished(setup_online.run(cfg, jax.devices()[:devices]), folder)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def learned(run_rl: Runner) -> Finished:
+    """Twelve rounds with all that is switched on beside them."""
+    keys = ["train.steps=12", "eval.prompts=8", "eval.every=12", "rollouts.every=4", "export=true"]
+    size = ["round.prompts=8", "round.answers=8", "round.micro_tokens=1024", "round.slots=16"]
+    return run_rl(*keys, *size, "optim.lr=5e-2")
+
+
+def lines(run: Finished) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_random_model_learns_to_say_what_earns_rewards(learned: Finished) -> None:
+    rewards = [line["reward"] for line in learned.metrics]
+    assert learned.code == 0
+    assert np.mean(rewards[:2]) < 0.55
+    assert np.mean(rewards[-2:]) > 0.75, rewards
+    before, after = (line for line in lines(learned) if "eval/letters/reward" in line)
+    assert (before["step"], after["step"]) == (0, 12)
+    assert after["eval/letters/reward"] > before["eval/letters/reward"] + 0.2
+    assert (learned.folder / "export" / "model.safetensors").exists()
+    assert "Reinforcement learning" in (learned.folder / "export" / "README.md").read_text()
+
+
+def test_what_is_reported_of_a_step(learned: Finished) -> None:
+    first = learned.metrics[0]
+    assert first["answers"] == 64
+    assert first["rewards/share/mean"] == pytest.approx(first["reward"])
+    assert {"reward_std", "frac_reward_zero_std", "entropy", "completions/clipped_ratio"} <= {
+        *first
+    }
+    assert {"time/sampling", "time/rewards", "time/passes", "time/training"} <= {*first}
+    assert first["sampled_tokens_per_second"] > 0
+    assert first["entropy"] == pytest.approx(np.log(6400), rel=0.02)
+    assert first["sampling/sampling_logp_difference/mean"] < 1e-5
+    assert first["sampling/sampling_logp_difference/max"] < 1e-4
+    assert first["examples"] == 64
+    assert first["epoch"] == 8 / 64
