@@ -12,40 +12,37 @@ import hashlib
 import json
 import queue
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from posttrain.chat.template import ChatTemplate
+from posttrain.config import semantic
+from posttrain.openai_client import Client, EndpointConfig
 from posttrain.sampling.request import Completion, OnDone, Request, Sampling
 
 Finish = Literal["stop", "length"]
-Post = Callable[[str, Mapping[str, Any]], Any]
-"""(path, body) -> what the server answers, as parsed JSON. Raises where it does not."""
 
 # what OpenAI's own servers do not know, and vLLM, SGLang and llama.cpp do
 _EXTRAS = ("top_k", "min_p", "repetition_penalty")
 
 
+class RemoteConfig(EndpointConfig):
+    """A server that answers prompts."""
+
+    api: Literal["completions", "chat"] = semantic(
+        "completions", help="what it is sent: completions (token ids) or chat (messages)"
+    )
+    extras: bool = semantic(
+        True, help="it knows fields beyond OpenAI's (top_k, stop_token_ids, return_token_ids)"
+    )
+
+
 class RemoteEngine:
-    """A server's model. chat: the template and tokenizer that the server's model has, too.
+    """A server's model. chat: the template and the tokenizer that this model has, too."""
 
-    api: completions (token ids) or chat (messages). extras: the server knows fields beyond
-    OpenAI's. at_once: requests under way at a time.
-    """
-
-    def __init__(
-        self,
-        post: Post,
-        model: str,
-        chat: ChatTemplate,
-        *,
-        api: Literal["completions", "chat"] = "completions",
-        extras: bool = True,
-        at_once: int = 32,
-    ) -> None:
-        self._post, self._model, self._chat = post, model, chat
-        self._api, self._extras, self._at_once = api, extras, at_once
+    def __init__(self, cfg: RemoteConfig, chat: ChatTemplate) -> None:
+        self.cfg, self._chat, self._client = cfg, chat, Client(cfg)
         self.came_as: Counter[str] = Counter()
         """Completions that came back as "ids", or as "text" that was tokenised here."""
 
@@ -61,8 +58,8 @@ class RemoteEngine:
         """As RolloutEngine says. on_done is called in the calling thread. The seed of the which-th
         completion is made of the request's and `which`; whether the server heeds it is its affair.
 
-        Raises ValueError before anything is sent; what the client raises, once its retries are
-        used up, ends it all.
+        Raises ValueError before anything is sent, or where an answer is none; EndpointError where
+        the server does not answer, which ends it all.
         """
         wrong = [f"request {i}: {why}" for i, r in enumerate(requests) for why in self._refusals(r)]
         if wrong:
@@ -76,7 +73,7 @@ class RemoteEngine:
             except BaseException as error:  # told where on_done is called
                 ended.put((index, which, error))
 
-        threads = ThreadPoolExecutor(self._at_once, thread_name_prefix="remote")
+        threads = ThreadPoolExecutor(self.cfg.concurrency, thread_name_prefix="remote")
         try:
             left = 0
             for index, request in enumerate(requests):
@@ -100,24 +97,24 @@ class RemoteEngine:
     def _refusals(self, request: Request) -> list[str]:
         """Why it cannot be answered."""
         plain, wrong = Sampling(), []
-        if not self._extras:
+        if not self.cfg.extras:
             wrong += [
                 f"sampling.{name} is no field of OpenAI's protocol, and extras are off"
                 for name in _EXTRAS
                 if getattr(request.sampling, name) != getattr(plain, name)
             ]
-        if self._api == "chat" and request.conversation is None:
+        if self.cfg.api == "chat" and request.conversation is None:
             wrong.append("api: chat needs the conversation that the tokens are of")
         return wrong
 
     def _complete(self, request: Request, which: int) -> Completion:
-        if self._api == "chat":
+        if self.cfg.api == "chat":
             return self._chat_completion(request, which)
         body = self._body(request, which) | {"prompt": list(request.tokens), "logprobs": 1}
-        if self._extras:
+        if self.cfg.extras:
             body |= {"return_token_ids": True, "skip_special_tokens": False}
             body |= {"stop_token_ids": list(request.stop_ids), "include_stop_str_in_output": True}
-        choice = _choice(self._post("/completions", body))
+        choice = _choice(self._client.post("completions", body))
         text, finish = choice.get("text"), _finish(choice)
         if not isinstance(text, str):
             raise ValueError(f"the server's answer holds no text: {_shown(choice)}")
@@ -133,7 +130,7 @@ class RemoteEngine:
         body = self._body(request, which) | {"messages": [_sent(m) for m in said.messages]}
         if said.tools:
             body["tools"] = [dict(tool) for tool in said.tools]
-        choice = _choice(self._post("/chat/completions", body))
+        choice = _choice(self._client.post("chat/completions", body))
         message = choice.get("message")
         if not isinstance(message, Mapping):
             raise ValueError(f"the server's answer holds no message: {_shown(choice)}")
@@ -159,7 +156,6 @@ class RemoteEngine:
     def _body(self, request: Request, which: int) -> dict[str, Any]:
         sampling, plain = request.sampling, Sampling()
         body: dict[str, Any] = {
-            "model": self._model,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

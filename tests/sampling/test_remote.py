@@ -2,70 +2,46 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from posttrain.chat.template import ChatTemplate
+from posttrain.openai_client import EndpointError
 from posttrain.sampling.conversation import make_rollouts
-from posttrain.sampling.remote import RemoteEngine
+from posttrain.sampling.remote import RemoteConfig, RemoteEngine
 from posttrain.sampling.request import Request, Sampling
 from posttrain.types import Conversation
 from tests.chat.samples import say
+from tests.http_server import Served, serving
 from tests.sampling.scripted import SAMPLING, TOOLS, call, prompt
-
-Answer = Callable[[str, dict[str, Any]], Any]
 
 
 class Server:
-    """Answers POSTs by a function that a test sets; keeps what it was asked."""
+    """Answers by a function that a test sets."""
 
-    def __init__(self) -> None:
-        self.answer: Answer = lambda path, body: {}
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        outer = self
+    def __init__(self, served: Served) -> None:
+        self.url, self._served = served.base_url, served
+        self.answer: Callable[[dict[str, Any]], Any] = lambda body: {}
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked.append((self.path, body))
-                data = json.dumps(outer.answer(self.path, body)).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None: ...
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return json.load(answer)
+    @property
+    def asked(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(path, body) for path, body, _ in self._served.asked]
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
+    with serving(lambda number, body: (200, made.answer(body), {})) as served:
+        made = Server(served)
+        yield made
 
 
 def engine(server: Server, chat: ChatTemplate, **options: Any) -> RemoteEngine:
-    return RemoteEngine(server.post, "tiny", chat, **options)
+    cfg = RemoteConfig(base_url=server.url, model="tiny", retries=0, **options)
+    return RemoteEngine(cfg, chat)
 
 
 def choice(text: str, ids: list[int] | None = None, finish: str = "stop", **more: Any) -> Any:
@@ -79,9 +55,7 @@ def logprobs(values: list[float], tokens: list[str] | None = None) -> dict[str, 
 
 def test_what_is_sent_and_what_comes_back(server: Server, chatml: ChatTemplate):
     stop = chatml.stop_ids[0]
-    server.answer = lambda path, body: choice(
-        "ab", [70, 71, stop], logprobs=logprobs([-1.0, -2.0, -0.5])
-    )
+    server.answer = lambda body: choice("ab", [70, 71, stop], logprobs=logprobs([-1.0, -2.0, -0.5]))
     remote = engine(server, chatml)
     plain = Sampling(max_new_tokens=9)
     request = Request([5, 6, 7], plain, (stop,), seed=3, n=2)
@@ -105,15 +79,14 @@ def test_what_is_sent_and_what_comes_back(server: Server, chatml: ChatTemplate):
         "stop_token_ids": [stop],
         "include_stop_str_in_output": True,
     }
-    server.asked.clear()
     remote.generate([request])
-    assert {body["seed"] for _, body in server.asked} == seeds
+    assert {body["seed"] for _, body in server.asked[2:]} == seeds
     assert remote.came_as == {"ids": 4}
 
 
 def test_log_probs_of_another_distribution_are_not_made_up(server: Server, chatml: ChatTemplate):
     stop = chatml.stop_ids[0]
-    server.answer = lambda path, body: choice("", [70, stop], logprobs=logprobs([-1.0, -2.0]))
+    server.answer = lambda body: choice("", [70, stop], logprobs=logprobs([-1.0, -2.0]))
     sampling = Sampling(
         temperature=0.5, top_k=4, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.3,
         logit_bias={7: -2.0}, stop=("x",)
@@ -143,22 +116,23 @@ def test_servers_differ_in_what_they_give(
     encoded = {"hi": chatml.tokenizer.encode("hi").ids, "stop": [chatml.stop_ids[0]]}
     parts = [ids] if isinstance(ids, str) else ids
     wanted = [i for part in parts for i in encoded.get(part, [part])]
-    server.answer = lambda path, body: answer
+    server.answer = lambda body: answer
     ((found,),) = engine(server, chatml).generate([Request([5], SAMPLING, chatml.stop_ids)])
     assert (found.tokens, found.plain_logps, found.finish) == (wanted, plain, finish)
 
 
-def test_an_answer_that_is_none_ends_it(server: Server, chatml: ChatTemplate):
-    for answer in ({}, {"choices": []}, {"choices": [{"text": None}]}, ["x"]):
-        server.answer = lambda path, body, answer=answer: answer
-        with pytest.raises(ValueError, match="the server's answer holds no"):
-            engine(server, chatml).generate([Request([5], SAMPLING)] * 3)
+@pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"text": None}]}])
+def test_an_answer_that_is_none_ends_it(server: Server, chatml: ChatTemplate, answer: Any):
+    server.answer = lambda body: answer
+    with pytest.raises(ValueError, match="the server's answer holds no"):
+        engine(server, chatml).generate([Request([5], SAMPLING)] * 3)
 
 
-def test_errors_of_the_wire_are_raised(server: Server, chatml: ChatTemplate):
-    server.close()
-    with pytest.raises(urllib.error.URLError):
-        engine(server, chatml).generate([Request([5], SAMPLING)])
+def test_errors_of_the_wire_are_raised(chatml: ChatTemplate):
+    with serving(lambda number, body: (400, "no such model", {})) as served:
+        remote = engine(Server(served), chatml)
+        with pytest.raises(EndpointError, match="no such model"):
+            remote.generate([Request([5], SAMPLING)])
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_sent(
@@ -180,7 +154,7 @@ def test_many_at_a_time_and_turns_in_their_place(server: Server, chatml: ChatTem
     three = threading.Barrier(3, timeout=20)
     tokenizer, stop = chatml.tokenizer, chatml.stop_ids[0]
 
-    def answer(path: str, body: dict[str, Any]) -> Any:
+    def answer(body: dict[str, Any]) -> Any:
         text = tokenizer.decode(body["prompt"])
         if "<|im_start|>tool" in text:
             return choice("", [*tokenizer.encode("12.").ids, stop], logprobs=None)
@@ -188,7 +162,7 @@ def test_many_at_a_time_and_turns_in_their_place(server: Server, chatml: ChatTem
         return choice("", [*tokenizer.encode(call()).ids, stop])
 
     server.answer = answer
-    remote = engine(server, chatml, at_once=3)
+    remote = engine(server, chatml, concurrency=3)
     rollouts = make_rollouts([prompt()], remote, chatml, SAMPLING, n=3, tools=TOOLS)
     assert [r.messages[-1] for r in rollouts] == [say("assistant", "12.")] * 3
     assert [(r.calls, r.finish, r.logps.size) for r in rollouts] == [(1, "stop", 0)] * 3
@@ -199,8 +173,7 @@ def test_a_server_that_takes_messages(server: Server, chatml: ChatTemplate):
     function = {"name": "calculator", "arguments": '{"expression": "3*4"}'}
     calls = [{"id": "abcdefghi", "type": "function", "function": function}]
 
-    def answer(path: str, body: dict[str, Any]) -> Any:
-        assert path == "/v1/chat/completions"
+    def answer(body: dict[str, Any]) -> Any:
         if body["messages"][-1]["role"] == "tool":
             message = {"content": "Twelve.", "reasoning_content": "Good."}
         else:
@@ -215,7 +188,8 @@ def test_a_server_that_takes_messages(server: Server, chatml: ChatTemplate):
     assert told["content"] == "12"
     assert said == say("assistant", "Twelve.", reasoning_content="Good.")
     assert (rollout.finish, rollout.logps.size, remote.came_as) == ("stop", 0, {"text": 2})
-    first, second = (body for _, body in server.asked)
+    (path, first), (_, second) = server.asked
+    assert path == "/v1/chat/completions"
     assert first["messages"] == [say("user", "What is 3*4?")]
     assert first["tools"] == [TOOLS["calculator"].schema]
     assert "top_k" not in first
@@ -226,7 +200,7 @@ def test_a_server_that_takes_messages(server: Server, chatml: ChatTemplate):
 
 def test_the_conversation_travels_with_the_tokens(server: Server, chatml: ChatTemplate):
     said = Conversation((say("user", "Hi"),))
-    server.answer = lambda path, body: {
+    server.answer = lambda body: {
         "choices": [{"message": {"content": "Ho"}, "finish_reason": "length"}]
     }
     request = Request([5], SAMPLING, chatml.stop_ids, conversation=said)
