@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 from posttrain.config import semantic
 from posttrain.data.rows import Problem, RowError, show
+from posttrain.rewards.answers import last_boxed
 from posttrain.tasks.base import Question, Rewards
 from posttrain.tasks.files import FileTask, texts
-
-_BOX = re.compile(r"\\boxed\s*\{")
 
 
 class MATH(FileTask):
@@ -51,14 +50,3 @@ def _level(value: Any) -> int:
     if isinstance(value, str) and (found := re.fullmatch(r"(?:Level )?(\d|\?)", value.strip())):
         return int(found[1]) if found[1] != "?" else 0
     raise RowError([Problem("level", show(value), 'write "Level 1" to "Level 5"')])
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} of balanced braces holds; None: no such."""
-    for start in reversed([match.end() for match in _BOX.finditer(text)]):
-        depth = 1
-        for i in range(start, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if not depth:
-                return text[start:i].strip()
-    return None

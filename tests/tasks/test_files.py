@@ -16,7 +16,6 @@ from posttrain.data.prepare import BadRows
 from posttrain.tasks import TASKS
 from posttrain.tasks.base import Task
 from posttrain.tasks.function_calling import right_call
-from posttrain.tasks.math import last_boxed
 from posttrain.tasks.multiple_choice import LETTER
 from posttrain.tasks.word_problems import number
 from posttrain.types import Message, Prompt, Rollout
@@ -74,12 +73,6 @@ def test_math_rows(data_dir, of):
     assert 'level: missing or null -> write "Level 1"' in said or "level: null" in said
     assert 'rows.jsonl:2: level: "hard"' in said
     assert "box the answer" in said_of(of("math", {"problem": "?", "solution": r"\boxed{1"}))
-
-
-def test_boxes():
-    assert last_boxed(r"\boxed{a} and \boxed{\text{b}}") == r"\text{b}"
-    assert last_boxed(r"\boxed{a} and \boxed{b") == "a"
-    assert last_boxed("a") is None
 
 
 def test_svamp_and_mawps_rows(data_dir, of):

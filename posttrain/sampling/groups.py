@@ -1,0 +1,141 @@
+"""The scored answers to many prompts, prompt by prompt, each as soon as it and those before it are
+whole: what rejection sampling and evaluation are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from posttrain.chat.template import ChatError, ChatTemplate
+from posttrain.config import ConfigError
+from posttrain.rewards.base import HandedReward, ManyReward
+from posttrain.rewards.scorer import Scorer, Scoring
+from posttrain.sampling.conversation import make_rollouts
+from posttrain.sampling.request import RolloutEngine, Sampling
+from posttrain.tools import Tool
+from posttrain.types import Prompt, Rollout
+
+T = TypeVar("T")
+_SHOWN = 20  # prompts without room that a message repeats
+
+
+def refuse(
+    prompts: Sequence[Prompt],
+    chat: ChatTemplate,
+    sampling: Sampling,
+    tools: Mapping[str, Tool],
+    context: int,
+) -> None:
+    """ConfigError before anything is sampled: prompts that leave no room for an answer, or that the
+    template does not take."""
+    wrong = []
+    for prompt in prompts:
+        offered = prompt.tools or [tool.schema for tool in tools.values()]
+        try:
+            ids = chat.generation_prompt(prompt.messages, offered, **prompt.template_kwargs)
+        except ChatError as error:
+            wrong.append(f"{prompt.id}: {error.reason}")
+            continue
+        if len(ids) + sampling.max_new_tokens > context:
+            wrong.append(f"{prompt.id}: {len(ids)} tokens")
+    if wrong:
+        more = [f"... and {len(wrong) - _SHOWN:,} more"] if len(wrong) > _SHOWN else []
+        raise ConfigError(
+            f"task: {len(wrong):,} of {len(prompts):,} prompts cannot be asked, or leave no room "
+            f"for sampling.max_new_tokens={sampling.max_new_tokens} in the model's context of "
+            f"{context}:\n    " + "\n    ".join([*wrong[:_SHOWN], *more])
+        )
+
+
+def answer_all(
+    prompts: Sequence[Prompt],
+    engine: RolloutEngine,
+    chat: ChatTemplate,
+    sampling: Sampling,
+    scorer: Scorer,
+    on_group: Callable[[int, list[Rollout]], None] | None,
+    *,
+    n: int,
+    seed: int,
+    first: int = 0,
+    at_once: int = 128,
+    tools: Mapping[str, Tool] | None = None,
+    max_turns: int = 8,
+    context: int | None = None,
+) -> None:
+    """Calls on_group(i, the n scored answers to prompts[i]) for i = first, first + 1, ...
+
+    at_once: prompts that are handed to the engine together. Each prompt's answers and rewards are
+    the same whatever it is, and wherever one begins: the scorer is asked about one prompt at a
+    time, and rewards that judge many answers at once about as many as are handed over together.
+    on_group None: nothing is judged, as on the processes beside the one that judges.
+    """
+    for begin in range(first, len(prompts), at_once):
+        chunk = [prompts[i] for i in range(begin, min(begin + at_once, len(prompts)))]
+        under_way = _Chunk(scorer, begin, len(chunk), n, on_group) if on_group else None
+        make_rollouts(
+            chunk,
+            engine,
+            chat,
+            sampling,
+            n=n,
+            seed=seed,
+            tools=tools,
+            max_turns=max_turns,
+            context=context,
+            on_rollout=under_way.judge if under_way else None,
+        )
+        if under_way:
+            under_way.finish()
+
+
+@dataclass
+class _Chunk:
+    """Prompts that were handed over together, and the rewards that are asked for meanwhile."""
+
+    scorer: Scorer
+    first: int
+    count: int
+    n: int
+    on_group: Callable[[int, list[Rollout]], None]
+    begun: dict[int, Scoring] = field(default_factory=dict)
+    told: int = 0
+
+    @property
+    def together(self) -> bool:
+        """Is there a reward that is better asked about many answers at once?"""
+        kinds = (ManyReward, HandedReward)
+        return any(isinstance(part, kinds) for part in self.scorer.parts.values())
+
+    def judge(self, index: int, rollout: Rollout) -> None:
+        """An answer has ended; those before it may be whole and judged by now."""
+        self.begun[index] = self.scorer.start(rollout)
+        while not self.together and self.told < self.count:
+            group = [self.begun.get(i) for i in self._members(self.told)]
+            scorings = [scoring for scoring in group if scoring and scoring.values.done()]
+            if len(scorings) < self.n:
+                return
+            self._tell(scorings)
+
+    def finish(self) -> None:
+        """All answers have ended: waits for what is left."""
+        left = [self.begun[i] for k in range(self.told, self.count) for i in self._members(k)]
+        if self.together:
+            for k, rollouts in enumerate(_groups(self.scorer.finish(left), self.n)):
+                self.on_group(self.first + k, rollouts)
+            return
+        for scorings in _groups(left, self.n):
+            self._tell(scorings)
+
+    def _members(self, k: int) -> range:
+        return range(k * self.n, (k + 1) * self.n)
+
+    def _tell(self, scorings: list[Scoring]) -> None:
+        self.on_group(self.first + self.told, self.scorer.finish(scorings))
+        self.told += 1
+
+
+def _groups(values: list[T], n: int) -> Iterator[list[T]]:
+    for begin in range(0, len(values), n):
+        yield values[begin : begin + n]

@@ -1,0 +1,208 @@
+"""Which of the answers to one prompt are kept, and the rows of training data that they become.
+
+Rows are conversations as `posttrain sft` reads them, or pairs as `posttrain preference` does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from posttrain.config import Config, semantic
+from posttrain.data.normal import normalise
+from posttrain.data.rows import RowError
+from posttrain.types import Message, Rollout
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a prompt gave: rows to write, and how many of its answers went where."""
+
+    rows: Rows
+    kept: int  # answers that are in a row
+    dropped: Mapping[str, int]  # why -> answers; all others
+
+
+class Selection(Config):
+    """What all selections share: which answers come into question."""
+
+    reader: ClassVar[str]
+    """The command that reads the rows."""
+
+    at_least: float | None = semantic(
+        None, help="least reward of an answer to imitate; none = the best, whatever it is worth"
+    )
+    finished: bool = semantic(True, help="only answers that ended by themselves")
+    max_overlap: float = semantic(
+        1.0,
+        ge=0,
+        le=1,
+        help="an answer that shares more than this part of its n-grams with a better one is "
+        "dropped (of both together: Jaccard); 1: only the very same",
+    )
+    ngram: int = semantic(4, ge=1, help="words of an n-gram, for max_overlap")
+
+    @abstractmethod
+    def __call__(self, rollouts: Sequence[Rollout], provenance: Mapping[str, Any]) -> Selected:
+        """The rows of all answers to one prompt, which have their rewards.
+
+        provenance: what every row is to say of where it came from.
+        """
+
+    def candidates(
+        self, rollouts: Sequence[Rollout], dropped: Counter[str]
+    ) -> list[tuple[int, Rollout]]:
+        """Those that come into question, the best first (of equals the earlier one), and which of
+        the answers each is. Counts the others by why."""
+        found: list[tuple[int, Rollout]] = []
+        for index, rollout in enumerate(rollouts):
+            if self.finished and rollout.finish != "stop":
+                dropped["cut off"] += 1
+            elif math.isnan(rollout.reward):
+                dropped["no reward applies"] += 1
+            elif not _readable(rollout):
+                dropped["no text that can be trained on"] += 1
+            else:
+                found.append((index, rollout))
+        found.sort(key=lambda item: (-item[1].reward, item[0]))
+        different: list[tuple[int, Rollout]] = []
+        seen: set[str] = set()
+        grams: list[frozenset[tuple[str, ...]]] = []
+        for index, rollout in found:
+            text = _text(rollout)
+            own = frozenset(ngrams(text, self.ngram)) if self.max_overlap < 1 else frozenset()
+            if text in seen:
+                dropped["duplicate"] += 1
+            elif any(overlap(own, other) > self.max_overlap for other in grams):
+                dropped["near-duplicate"] += 1
+            else:
+                seen.add(text)
+                grams += [own] if self.max_overlap < 1 else []
+                different.append((index, rollout))
+        return different
+
+
+class SFTSelection(Selection):
+    """The best answers, as conversations to imitate.
+
+    most 1 is best-of-n (RAFT, Dong et al. 2023, arXiv:2304.06767); at_least 1 with `most` as large
+    as n keeps every right answer (RFT, Yuan et al. 2023, arXiv:2308.01825; STaR).
+    """
+
+    reader = "sft"
+
+    most: int = semantic(1, ge=1, help="answers kept of a prompt")
+
+    def __call__(self, rollouts: Sequence[Rollout], provenance: Mapping[str, Any]) -> Selected:
+        dropped: Counter[str] = Counter()
+        kept = []
+        for index, rollout in self.candidates(rollouts, dropped):
+            if self.at_least is not None and rollout.reward < self.at_least:
+                dropped["below at_least"] += 1
+            elif len(kept) == self.most:
+                dropped["not among the best"] += 1
+            else:
+                own = {**provenance, **_place(index, rollout)}
+                kept.append({**_conversation(rollout), "reward": rollout.reward, "from": own})
+        return Selected(kept, len(kept), dropped)
+
+
+class PreferenceSelection(Selection):
+    """Pairs: the best answer with the worst, the second best with the second worst, and so on, each
+    answer once, as long as their rewards differ by more than `margin`."""
+
+    reader = "preference"
+
+    most: int = semantic(1, ge=1, help="pairs of a prompt")
+    margin: float = semantic(0.0, ge=0, help="chosen's reward is higher than rejected's by more")
+
+    def __call__(self, rollouts: Sequence[Rollout], provenance: Mapping[str, Any]) -> Selected:
+        dropped: Counter[str] = Counter()
+        found = self.candidates(rollouts, dropped)
+        rows: Rows = []
+        why = "in no pair: rewards too alike"
+        for (i, chosen), (j, rejected) in zip(found, reversed(found), strict=True):
+            if len(rows) == self.most:
+                why = "beyond the pairs asked for"
+                break
+            if self.at_least is not None and chosen.reward < self.at_least:
+                why = "in no pair: no better one reaches at_least"
+                break
+            if chosen.reward - rejected.reward <= self.margin:
+                break
+            sides = {"chosen": [*chosen.messages], "rejected": [*rejected.messages]}
+            rewards = {"reward_chosen": chosen.reward, "reward_rejected": rejected.reward}
+            places = {"chosen": _place(i, chosen), "rejected": _place(j, rejected)}
+            shared = {"prompt": _asked(chosen), **_beside(chosen)}
+            rows.append({**shared, **sides, **rewards, "from": {**provenance, **places}})
+        if rest := len(found) - 2 * len(rows):
+            dropped[why] = rest
+        return Selected(rows, 2 * len(rows), dropped)
+
+
+SELECTIONS: dict[str, type[Selection]] = {
+    "sft": SFTSelection,
+    "preference": PreferenceSelection,
+}
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """Runs of n words; all of a shorter text is one."""
+    words = text.split()
+    return [tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))]
+
+
+def overlap(a: frozenset[Any], b: frozenset[Any]) -> float:
+    """Jaccard: what both have, as a part of what either has."""
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def _text(rollout: Rollout) -> str:
+    """All that the model said, thoughts and calls too, for comparison."""
+    said = []
+    for message in rollout.messages:
+        if message["role"] == "assistant":
+            calls = [call["function"] for call in message.get("tool_calls", ())]
+            said += [message.get("reasoning_content", ""), message["content"]]
+            said += [json.dumps(call, sort_keys=True) for call in calls]
+    return " ".join(" ".join(said).split())
+
+
+def _asked(rollout: Rollout) -> list[Message]:
+    """The prompt's messages; what the assistant said in them is not trained."""
+    return [
+        {**message, "weight": 0.0} if message["role"] == "assistant" else message
+        for message in rollout.prompt.messages
+    ]
+
+
+def _beside(rollout: Rollout) -> dict[str, Any]:
+    """The columns beside messages that belong to the prompt, where it has them."""
+    tools, kwargs = rollout.prompt.tools, rollout.prompt.template_kwargs
+    columns: dict[str, Any] = {"tools": [*tools]} if tools else {}
+    return columns | ({"chat_template_kwargs": dict(kwargs)} if kwargs else {})
+
+
+def _conversation(rollout: Rollout) -> dict[str, Any]:
+    return {"messages": [*_asked(rollout), *rollout.messages], **_beside(rollout)}
+
+
+def _readable(rollout: Rollout) -> bool:
+    """Does training read the conversation? An answer may be empty, or hold control codes."""
+    row = _conversation(rollout)
+    try:
+        normalise(row["messages"], tools=row.get("tools"))
+    except RowError:
+        return False
+    return True
+
+
+def _place(index: int, rollout: Rollout) -> dict[str, Any]:
+    return {"index": index, "rewards": dict(rollout.rewards), "tokens": rollout.length}
