@@ -269,6 +269,11 @@ class StreamDecoder:
         """What is left at the end, broken characters as U+FFFD."""
         return self._give(self._text(self._context + self._fresh))
 
+    def pending(self) -> str:
+        """The whole characters among what is held back."""
+        text = self._text(self._context + self._fresh)
+        return text[len(self._text(self._context)) :].rstrip("\ufffd")
+
     def _give(self, text: str) -> str:
         new = text[len(self._text(self._context)) :]
         if self._fresh:

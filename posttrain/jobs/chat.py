@@ -20,7 +20,6 @@ that calls one is shown and kept, nothing is run) and serving over the network.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from typing import Any, Literal, TextIO
 
 from posttrain import config
 from posttrain.chat.template import ChatConfig
+from posttrain.chat.transcript import visible
 from posttrain.config import runtime, semantic
 from posttrain.models.spec import ModelConfig
 from posttrain.sampling.turns import stops
@@ -132,11 +132,6 @@ def room_for_reply(prompt_tokens: int, wanted: int, context: int) -> int:
     return min(wanted, context - prompt_tokens)
 
 
-def visible(text: str) -> str:
-    """Text without control characters (but newline and tab): a reply cannot steer the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
-
-
 def converse(
     session: Session,
     lines: Iterator[str],
@@ -209,6 +204,7 @@ def open_session(cfg: Config) -> Session:
     from flax import nnx
 
     from posttrain.sampling.engine import Engine
+    from posttrain.sampling.request import Request, Sampling
     from posttrain.sharding import make_mesh
     from posttrain.train.setup import open_model, use_compile_cache
 
@@ -216,23 +212,25 @@ def open_session(cfg: Config) -> Session:
     mesh = make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
         model = open_model(cfg, mesh)
-        engine = Engine(nnx.merge(model.graphdef, nnx.State(model.params)))
+        engine = Engine(nnx.merge(model.graphdef, nnx.State(model.params)), slots=1)
     for warning in model.chat.check():
         print(f"posttrain: {warning}", file=sys.stderr)
 
     def generate(
         prompt: list[int], room: int, turn: int, on_token: Callable[[int], None]
     ) -> list[int]:
-        (found,) = engine.generate(
-            [prompt],
-            max_new_tokens=room,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
+        request = Request(
+            prompt,
+            Sampling(
+                max_new_tokens=room,
+                temperature=cfg.temperature,
+                top_k=cfg.top_k,
+                top_p=cfg.top_p,
+            ),
             stop_ids=model.chat.stop_ids,
             seed=zlib.crc32(f"{cfg.seed} {turn}".encode()),
-            on_token=lambda _, token: on_token(token),
         )
+        ((found,),) = engine.generate([request], on_token=lambda _, __, token: on_token(token))
         return found.tokens
 
     context = model.spec.max_positions

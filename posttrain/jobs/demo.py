@@ -230,6 +230,7 @@ def open_export(cfg: Config, name: Stage) -> tuple[Any, Generate]:
     from posttrain import sharding
     from posttrain.jobs import chat
     from posttrain.sampling.engine import Engine
+    from posttrain.sampling.request import Sampling, alike
     from posttrain.train.setup import open_model
 
     path = str(cfg.work_dir / name / "export")
@@ -242,14 +243,9 @@ def open_export(cfg: Config, name: Stage) -> tuple[Any, Generate]:
         engine = Engine(nnx.merge(model.graphdef, nnx.State(model.params)))
 
     def generate(prompts: list[list[int]], temperature: float) -> list[list[int]]:
-        found = engine.generate(
-            prompts,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=temperature,
-            stop_ids=model.chat.stop_ids,
-            seed=cfg.seed,
-        )
-        return [completion.tokens for completion in found]
+        sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=temperature)
+        requests = alike(prompts, sampling, model.chat.stop_ids, cfg.seed)
+        return [completion.tokens for (completion,) in engine.generate(requests)]
 
     return model, generate
 

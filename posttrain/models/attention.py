@@ -3,8 +3,8 @@
 Every implementation honours segment ids, windows and soft caps or raises ValueError; none is
 swapped in silently for another. The visible keys are a function of (segment, position in the row)
 alone.
-Shape suffixes: B rows, T positions (of queries), S of keys or cache slots, N query heads,
-K key/value heads, H head_dim.
+Shape suffixes: B rows, T positions (of queries), S of keys, N query heads, K key/value heads, G
+query heads of a key head, H head_dim.
 """
 
 from __future__ import annotations
@@ -291,27 +291,3 @@ def _splash(
     kernel = make(t, heads, parts=mesh.shape["context"] if cut[1] else 1)
     layout = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, cut[1])))
     return _mapped(local, mesh, cut, layout)(kernel, q, k, v, segment_ids)
-
-
-def cached_attention(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    at: jax.Array,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-) -> jax.Array:
-    """Attention of one new token a row over its cache; float32 softmax.
-
-    q: [B, 1, N, H]; keys, values: [B, S, K, H]; at: int32 [B], the new token's own slot: it sees
-    slots 0..at, of these the last `window`. window, softcap, scale as in attention. Gives
-    [B, 1, N, H].
-    """
-    rules = _Rules(q.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
-    behind = at[:, None] - jnp.arange(keys.shape[1])
-    visible = behind >= 0
-    if window is not None:
-        visible &= behind < window
-    return _whole(q, keys, values, visible[:, None, :], rules)

@@ -1,63 +1,177 @@
-"""From logits to a token: greedy, temperature, top-k, top-p."""
+"""From logits to a token, for rows that are all drawn differently.
+
+Penalties (of tokens that prompt or answer hold), bias, temperature, then what is kept: the top_k
+most probable; of these the fewest that hold top_p of their probability (Holtzman et al. 2020,
+arXiv:1904.09751, section 3.1); of these the ones at least min_p as probable as the first (Nguyen et
+al. 2024, arXiv:2407.01082, section 3). Tokens equal to the last one kept are kept too.
+
+How a row is drawn is in arrays on device and a step that no row needs is left out there: another
+setting compiles nothing. Nothing is sorted: the edge of top_k and top_p is found bit by bit.
+
+Shape suffixes: B rows, V vocabulary rows, M biased tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+IN_PROMPT, IN_ANSWER = 1, 2
+"""The bits of what has been seen of a token."""
+_BLOCK = 128
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Choice:
-    """How to draw. Scalars on device: another temperature needs no compilation."""
+    """How each row is drawn: arrays of [B]."""
 
-    temperature: Any  # float32 > 0; not read when greedy
-    top_k: Any  # int32; 0 = all
-    top_p: Any  # float32 in (0, 1]
+    temperature: Any  # float32; 0: the most probable token
+    top_k: Any  # int32; 0: all
+    top_p: Any  # float32
+    min_p: Any  # float32
+    repetition_penalty: Any  # float32
+    presence_penalty: Any  # float32
+    biased: Any  # int32 [B, M]; V or more: none
+    bias: Any  # float32 [B, M]
 
 
-def filter_logits(logits_BV: jax.Array, choice: Choice) -> jax.Array:
-    """Logits with all but the kept tokens at -inf; logits are already divided by temperature.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Uses:
+    """Which steps some row needs: scalars on device."""
 
-    Kept: the top_k most probable, and of those the smallest set whose probability (of the top_k
-    renormalised) reaches top_p; the most probable token always. Equal logits at the edge of top_k
-    are all kept. Holtzman et al. 2020 (top-p), Fan et al. 2018 (top-k).
+    drawn: Any  # a temperature that is not 0
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    penalties: Any
+    bias: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """One token a row and what was thought of it, [B]."""
+
+    token: Any  # int32
+    logp: Any  # float32, of the distribution drawn from; 0 where that is one token
+    plain_logp: Any  # float32, of the model's own
+
+
+def draw(
+    logits_BV: jax.Array, seen_BV: jax.Array, keys_B: jax.Array, choice: Choice, uses: Uses
+) -> Drawn:
+    """One token of each row, by one uniform number from the row's key.
+
+    logits_BV: float32, -inf where there is no token. seen_BV: uint8, IN_PROMPT and IN_ANSWER.
     """
-    vocab = logits_BV.shape[-1]
-    ordered = jnp.sort(logits_BV, axis=-1, descending=True)
-    k = jnp.where(choice.top_k > 0, jnp.minimum(choice.top_k, vocab), vocab)
-    kth = jnp.take_along_axis(ordered, jnp.full((*logits_BV.shape[:-1], 1), k - 1), axis=-1)
-    ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
-    p = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(p, axis=-1) - p
-    kept = jnp.where(before < choice.top_p, ordered, jnp.inf)
-    least = kept.at[..., 0].set(ordered[..., 0]).min(axis=-1, keepdims=True)
-    return jnp.where(logits_BV >= jnp.maximum(least, kth), logits_BV, -jnp.inf)
+    x = changed(logits_BV, seen_BV, choice, uses)
+    best = jnp.argmax(x, -1).astype(jnp.int32)
+
+    def drawn(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        greedy = choice.temperature == 0
+        x = kept(x / jnp.where(greedy, 1.0, choice.temperature)[:, None], choice, uses)
+        p = jnp.exp(x - x.max(-1, keepdims=True))
+        token = pick(p, jax.vmap(jax.random.uniform)(keys_B))
+        logp = _at(x, token) - jax.nn.logsumexp(x, -1)
+        return jnp.where(greedy, best, token), jnp.where(greedy, 0.0, logp)
+
+    token, logp = jax.lax.cond(uses.drawn, drawn, lambda _: (best, jnp.zeros(best.shape)), x)
+    return Drawn(token, logp, _at(logits_BV, token) - jax.nn.logsumexp(logits_BV, -1))
 
 
-def choose(
-    logits_BV: jax.Array,
-    choice: Choice,
-    key: jax.Array,
-    steps_B: jax.Array,
-    *,
-    greedy: bool,
-    filtered: bool,
-) -> jax.Array:
-    """int32 [B]: one token a row. The draw of row b depends on key, b and steps_B[b] alone."""
-    if greedy:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    scaled = logits_BV / choice.temperature
-    if filtered:
-        scaled = filter_logits(scaled, choice)
+def _at(x_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BV, token_B[:, None], axis=1)[:, 0]
 
-    def draw(row: jax.Array, step: jax.Array, logits_V: jax.Array) -> jax.Array:
-        return jax.random.categorical(
-            jax.random.fold_in(jax.random.fold_in(key, row), step), logits_V
-        )
 
-    rows = jnp.arange(logits_BV.shape[0])
-    return jax.vmap(draw)(rows, steps_B, scaled).astype(jnp.int32)
+def changed(logits_BV: jax.Array, seen_BV: jax.Array, choice: Choice, uses: Uses) -> jax.Array:
+    """Logits after penalties and bias."""
+
+    def penalised(x: jax.Array) -> jax.Array:
+        repetition = choice.repetition_penalty[:, None]
+        lower = jnp.where(x > 0, x / repetition, x * repetition)
+        x = jnp.where(seen_BV > 0, lower, x)
+        answered = (seen_BV & IN_ANSWER) > 0
+        return jnp.where(answered, x - choice.presence_penalty[:, None], x)
+
+    def biased(x: jax.Array) -> jax.Array:
+        rows = jnp.arange(x.shape[0])[:, None]
+        return x.at[rows, choice.biased].add(choice.bias, mode="drop")
+
+    x = _where_used(uses.penalties, penalised, logits_BV)
+    return _where_used(uses.bias, biased, x)
+
+
+def _where_used(used: Any, step: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return jax.lax.cond(used, step, lambda x: x, x)
+
+
+def kept(x_BV: jax.Array, choice: Choice, uses: Uses) -> jax.Array:
+    """Tempered logits with all but the kept tokens at -inf; the most probable is always kept."""
+
+    def by_count(x: jax.Array) -> jax.Array:
+        enough = lambda above: above.sum(-1) >= choice.top_k  # noqa: E731
+        return _from(x, _edge(_ranks(x), enough), choice.top_k > 0)
+
+    def by_mass(x: jax.Array) -> jax.Array:
+        p = jnp.exp(x - x.max(-1, keepdims=True))
+        wanted = choice.top_p * p.sum(-1)
+        enough = lambda above: jnp.where(above, p, 0).sum(-1) >= wanted  # noqa: E731
+        return _from(x, _edge(_ranks(x), enough), choice.top_p < 1)
+
+    def by_part(x: jax.Array) -> jax.Array:
+        least = x.max(-1, keepdims=True) + jnp.log(choice.min_p)[:, None]  # of 0: -inf
+        return jnp.where(x >= least, x, -jnp.inf)
+
+    x = _where_used(uses.top_k, by_count, x_BV)
+    x = _where_used(uses.top_p, by_mass, x)
+    return _where_used(uses.min_p, by_part, x)
+
+
+def _ranks(x: jax.Array) -> jax.Array:
+    """uint32 in the order of the floats: all bits of negative ones turned, the sign of others."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _edge(ranks_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """[B]: the highest rank such that the tokens from it upwards are enough, bit by bit."""
+
+    def bit(i: jax.Array, edge: jax.Array) -> jax.Array:
+        higher = edge | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(enough(ranks_BV >= higher[:, None]), higher, edge)
+
+    return jax.lax.fori_loop(0, 32, bit, jnp.zeros(ranks_BV.shape[0], jnp.uint32))
+
+
+def _from(x: jax.Array, edge: jax.Array, used: jax.Array) -> jax.Array:
+    return jnp.where((_ranks(x) >= edge[:, None]) | ~used[:, None], x, -jnp.inf)
+
+
+def pick(p_BV: jax.Array, u_B: jax.Array) -> jax.Array:
+    """int32 [B]: the token that u in [0, 1) falls on where all lie side by side, each as wide as
+    its p >= 0 (of any sum). By blocks first; a token of p 0 is never picked."""
+    rows, vocab = p_BV.shape
+    p = jnp.pad(p_BV, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+    blocks = p.sum(-1)
+    ends = jnp.cumsum(blocks, -1)
+    target = u_B * ends[:, -1]
+    block = _first(ends, target, blocks)
+    before = jnp.where(block > 0, _at(ends, jnp.maximum(block - 1, 0)), 0.0)
+    inside = jnp.take_along_axis(p, block[:, None, None], axis=1)[:, 0]
+    place = _first(jnp.cumsum(inside, -1), target - before, inside)
+    return (block * _BLOCK + place).astype(jnp.int32)
+
+
+def _first(ends: jax.Array, target: jax.Array, width: jax.Array) -> jax.Array:
+    """The first that ends beyond the target and has a width; by rounding there may be none: then
+    the last that has a width."""
+    wide = width > 0
+    beyond = wide & (ends > target[:, None])
+    last = wide.shape[-1] - 1 - jnp.argmax(wide[:, ::-1], -1)
+    return jnp.where(beyond.any(-1), jnp.argmax(beyond, -1), last)

@@ -23,7 +23,8 @@ from posttrain.data.prepare import files_of
 from posttrain.metrics import Writer
 from posttrain.models.nested import join
 from posttrain.models.spec import HeadName
-from posttrain.sampling import engine
+from posttrain.sampling.engine import Engine
+from posttrain.sampling.request import Request, Sampling
 from posttrain.train import evaluate, loop
 from posttrain.train.config import EvalConfig, ReferenceSync
 from posttrain.train.evaluate import HeldOut
@@ -107,8 +108,8 @@ def _refuse_missing_files(cfg: Any) -> None:
 def refuse_long_rows(key: str, seq_len: int, model: Model) -> None:
     """ConfigError where rows are longer than the model's context. key: that says how long."""
     if seq_len > model.spec.max_positions:
-        raise ConfigError(
         hint = "; data.too_long says what becomes of longer examples" if "data" in key else ""
+        raise ConfigError(
             f"{key} is {seq_len}, and the model's context is {model.spec.max_positions} "
             f"(max_position_embeddings of {model.folder}/config.json): lower {key}{hint}"
         )
@@ -219,12 +220,12 @@ def _train(
         writer.close()
     if preempted:
         return loop.PREEMPTED
-    if model.lora:
     seen = [
         f"{name}: {', '.join(from_.paths)}, seen {plan.repeats[name]:.4g} times an epoch"
         for name, from_ in cfg.data.sources.items()
     ]
     story = Story(plan.steps, seen)
+    if model.lora:
         save_adapter(cfg, model, story, state.params, frozen)
     if cfg.export:
         export(cfg, model, story, state.params, frozen)
@@ -251,14 +252,22 @@ def _evaluation(
     tokenizer = parts.model.tokenizer
 
     def generate(params: Any, prompts: list[list[int]]) -> list[list[int]]:
-        return engine.generate(
-            nnx.merge(parts.model.graphdef, nnx.State(params)),
-            prompts,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            stop_ids=parts.model.chat.stop_ids,
-            seed=parts.cfg.seed,
-        )
+        model = nnx.merge(parts.model.graphdef, nnx.State(params))
+        room = [parts.model.spec.max_positions - len(prompt) for prompt in prompts]
+        requests = [
+            Request(
+                prompt,
+                Sampling(
+                    max_new_tokens=max(1, min(cfg.max_new_tokens, most)),
+                    temperature=cfg.temperature,
+                ),
+                parts.model.chat.stop_ids,
+                seed=parts.cfg.seed << 32 | i,
+            )
+            for i, (prompt, most) in enumerate(zip(prompts, room, strict=True))
+        ]
+        found = Engine(model, slots=min(len(prompts), 16)).generate(requests)
+        return [completion.tokens for (completion,) in found]
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
         found: dict[str, float] = {}

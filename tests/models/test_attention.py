@@ -11,7 +11,8 @@ import pytest
 
 import posttrain.models.attention as attention_module
 from posttrain.models import splash
-from posttrain.models.attention import attention, cached_attention, resolve
+from posttrain.models.attention import attention, resolve
+from posttrain.models.kv_cache import cached_attention, to_cache
 from tests.models.tiny import mesh_of
 
 B, T, N, K, H = 2, 128, 4, 2, 16
@@ -317,8 +318,9 @@ def test_cached_attention_is_the_last_row_of_the_whole(
 ) -> None:
     """Slots beyond the new token's hold rubbish, which must not be seen."""
     whole = {n: x[1:] for n, x in case.items()}
-    at = 77
+    at, window = 77, RULES[rules].get("window")
     q, where = whole["q"][:, at : at + 1], jnp.array([at], jnp.int32)
-    last = cached_attention(q, whole["k"], whole["v"], where, **RULES[rules])
+    k, v = (to_cache(whole[name], where + 1, window) for name in ("k", "v"))
+    last = cached_attention(q, k, v, where, jnp.int32(1), **RULES[rules])
     want = definition(case, **RULES[rules])["forward"][1, at]
     np.testing.assert_allclose(last[0, 0], want, atol=2e-6)

@@ -18,6 +18,7 @@ from posttrain.models.dropout import Dropout, set_dropout
 from posttrain.models.layers import linear
 from posttrain.models.lora import Adapter, LoraConfig
 from posttrain.sampling.engine import Engine
+from posttrain.sampling.request import Sampling, alike
 from tests.models.tiny import mesh_of, open_tiny
 
 PLACES = np.tile(np.arange(24, dtype=np.int32), (8, 1))
@@ -215,10 +216,9 @@ def test_text_is_the_same_with_adapters_and_merged(tmp_path: Path) -> None:
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         graph, params = with_adapters(tmp_path, mesh, "llama", range(150, 153), rank=4)
-        prompts = [[5, 151, 9], [152, 3]]
-        said = Engine(nnx.merge(graph, nnx.State(params))).generate(prompts, max_new_tokens=8)
+        asked = alike([[5, 151, 9], [152, 3]], Sampling(max_new_tokens=8, temperature=0))
+        said = Engine(nnx.merge(graph, nnx.State(params)), slots=2).generate(asked)
         base = open_tiny(tmp_path, "llama", mesh)
         whole = merged(params, LoraConfig(rank=4).adapter, range(150, 153), jnp.float32)
-        engine = Engine(nnx.merge(base.graph, nnx.State(whole)))
-        want = engine.generate(prompts, max_new_tokens=8)
-    assert [c.tokens for c in said] == [c.tokens for c in want]
+        want = Engine(nnx.merge(base.graph, nnx.State(whole)), slots=2).generate(asked)
+    assert [c.tokens for (c,) in said] == [c.tokens for (c,) in want]

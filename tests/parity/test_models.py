@@ -22,6 +22,7 @@ from posttrain.models.hf import open_model
 from posttrain.models.keys import file_names, places, to_file
 from posttrain.models.spec import ModelConfig
 from posttrain.sampling.engine import Engine
+from posttrain.sampling.request import Sampling, alike
 from posttrain.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.parity
@@ -292,8 +293,9 @@ def test_greedy_text_is_equal(pair: Pair) -> None:
     import torch
 
     prompts = [row[:n].tolist() for row, n in zip(pair.tokens, (3, 20, 50), strict=True)]
-    ours = Engine(nnx.merge(pair.graph, pair.state)).generate(prompts, max_new_tokens=30)
-    for prompt, found in zip(prompts, ours, strict=True):
+    asked = alike(prompts, Sampling(max_new_tokens=30, temperature=0))
+    ours = Engine(nnx.merge(pair.graph, pair.state), slots=3).generate(asked)
+    for prompt, (found,) in zip(prompts, ours, strict=True):
         want = pair.torch_model.generate(
             torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None,
             pad_token_id=0, attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

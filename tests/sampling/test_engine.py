@@ -1,8 +1,10 @@
-"""Decoding: a real model's known text, log-probs of the full forward pass, stops, streaming."""
+"""The engine: a real model's known text, the trainer's log-probs, slots, stops, follow-ups."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from flax import nnx
 
 from posttrain.models.hf import open_model
 from posttrain.models.spec import ModelConfig
-from posttrain.sampling import engine
-from posttrain.sampling.engine import Completion, Engine
-from tests.models.tiny import mesh_of, open_tiny
+from posttrain.sampling import decoder
+from posttrain.sampling.engine import Engine
+from posttrain.sampling.request import Completion, Request, Sampling, alike
+from tests.models.tiny import mesh_of, open_tiny, write_config
 
 CONFIG = {
     "model_type": "qwen3",
@@ -32,6 +35,8 @@ CONFIG = {
     "initializer_range": 0.3,
 }
 PROMPTS = [[5], [17, 3, 80, 2, 9], list(range(20, 60))]
+GREEDY = Sampling(max_new_tokens=12, temperature=0)
+DRAWN = Sampling(max_new_tokens=12, temperature=1.3)
 
 
 def network(folder: Path, mesh: jax.sharding.Mesh, **options: Any) -> Any:
@@ -53,8 +58,29 @@ def model(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def greedy(model: Any) -> list[Completion]:
-    return Engine(model).generate(PROMPTS, max_new_tokens=12)
+def engine(model: Any) -> Engine:
+    return Engine(model, slots=4)
+
+
+@pytest.fixture(scope="module")
+def greedy(engine: Engine) -> list[Completion]:
+    return [found for (found,) in engine.generate(alike(PROMPTS, GREEDY))]
+
+
+def full_logps(model: Any, sequences: Sequence[Sequence[int]], temperature: float = 1) -> list:
+    """log p of each token after the first of each sequence, as training has them."""
+    tokens = np.zeros((len(sequences), 64), np.int32)
+    segments = np.zeros(tokens.shape, np.int32)
+    for i, sequence in enumerate(sequences):
+        tokens[i, : len(sequence)], segments[i, : len(sequence)] = sequence, 1
+    graph, state = nnx.split(model)
+    at = np.broadcast_to(np.arange(64), tokens.shape)
+    logits = jax.jit(lambda state: nnx.merge(graph, state).logits(tokens, at, segments))(state)
+    logp = np.asarray(jax.nn.log_softmax(logits / temperature))
+    return [
+        np.array([logp[i, t - 1, sequence[t]] for t in range(1, len(sequence))])
+        for i, sequence in enumerate(sequences)
+    ]
 
 
 def test_greedy_text_of_a_real_model(data_dir: Path) -> None:
@@ -62,32 +88,23 @@ def test_greedy_text_of_a_real_model(data_dir: Path) -> None:
     folder = data_dir / "data" / "models" / "stories260K"
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     want = (folder / "greedy_golden.txt").read_text().strip()
-    found = Engine(network(folder, mesh_of(1, 1, 1))).generate([[1]], max_new_tokens=256)
-    assert tokenizer.decode(found[0].tokens).strip() == want
-    assert len(found[0].tokens) == 256
+    engine = Engine(network(folder, mesh_of(1, 1, 1)), slots=1)
+    ((found,),) = engine.generate([Request([1], Sampling(max_new_tokens=256, temperature=0))])
+    assert tokenizer.decode(found.tokens).strip() == want
+    assert len(found.tokens) == 256
 
 
-def full_logps(model: Any, sequence: list[int]) -> np.ndarray:
-    """log p of each token after the first, by one pass over the whole sequence."""
-    tokens = np.zeros((1, 64), np.int32)
-    tokens[0, : len(sequence)] = sequence
-    graph, state = nnx.split(model)
-    logits = jax.jit(
-        lambda state, tokens: nnx.merge(graph, state).logits(
-            tokens, np.arange(64)[None], np.ones((1, 64), np.int32)
-        )
-    )(state, tokens)
-    logp = np.asarray(jax.nn.log_softmax(logits[0]))
-    return np.array([logp[t - 1, sequence[t]] for t in range(1, len(sequence))])
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_log_probs_equal_a_full_forward_pass(model: Any, temperature: float) -> None:
-    options = {"max_new_tokens": 12, "temperature": temperature, "seed": 1}
-    for prompt, found in zip(PROMPTS, Engine(model).generate(PROMPTS, **options), strict=True):
-        assert len(found.tokens) == 12
-        want = full_logps(model, prompt + found.tokens)[len(prompt) - 1 :]
-        np.testing.assert_allclose(found.logps, want, atol=1e-5)
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_log_probs_are_the_trainers(engine: Engine, model: Any, sampling: Sampling) -> None:
+    found = [c for (c,) in engine.generate(alike(PROMPTS, sampling, seed=1))]
+    whole = [prompt + c.tokens for prompt, c in zip(PROMPTS, found, strict=True)]
+    plain, tempered = full_logps(model, whole), full_logps(model, whole, 1.3)
+    for prompt, c, logps, drawn_from in zip(PROMPTS, found, plain, tempered, strict=True):
+        assert len(c.tokens) == 12
+        assert c.finish == "length"
+        np.testing.assert_allclose(c.plain_logps, logps[len(prompt) - 1 :], atol=1e-5)
+        want = drawn_from[len(prompt) - 1 :] if sampling is DRAWN else np.zeros(12)
+        np.testing.assert_allclose(c.logps, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -97,100 +114,198 @@ def test_log_probs_equal_a_full_forward_pass(model: Any, temperature: float) -> 
 def test_windows_caps_ropes_and_experts_hold_in_decoding(
     tmp_path: Path, name: str, shape: tuple[int, ...]
 ) -> None:
-    """Prompts and texts longer than the window of 5, on either side of it."""
+    """Prompts and texts on either side of the window of 5, and of the ring of 8 that holds it."""
     opened = open_tiny(tmp_path, name, mesh_of(*shape))
     model = nnx.merge(opened.graph, opened.state)
-    prompts = [[7, 3], list(range(20))]
-    for prompt, found in zip(
-        prompts, Engine(model).generate(prompts, max_new_tokens=12, temperature=1.0), strict=True
-    ):
-        want = full_logps(model, prompt + found.tokens)[len(prompt) - 1 :]
-        np.testing.assert_allclose(found.logps, want, atol=1e-5)
+    prompts = [[7, 3], list(range(20)), list(range(40))]
+    found = Engine(model, slots=4).generate(alike(prompts, DRAWN))
+    whole = [prompt + c.tokens for prompt, (c,) in zip(prompts, found, strict=True)]
+    for prompt, (c,), want in zip(prompts, found, full_logps(model, whole), strict=True):
+        np.testing.assert_allclose(c.plain_logps, want[len(prompt) - 1 :], atol=1e-5)
 
 
 def test_greedy_is_the_most_probable_token(model: Any, greedy: list[Completion]) -> None:
-    graph, state = nnx.split(model)
-    tokens = np.zeros((1, 64), np.int32)
     sequence = PROMPTS[1] + greedy[1].tokens
-    tokens[0, : len(sequence)] = sequence
-    args = (tokens, np.arange(64)[None], np.ones((1, 64), np.int32))
-    logits = jax.jit(lambda state: nnx.merge(graph, state).logits(*args))(state)
-    best = np.asarray(logits[0]).argmax(-1)
-    assert greedy[1].tokens == best[len(PROMPTS[1]) - 1 : len(sequence) - 1].tolist()
+    for t in range(len(PROMPTS[1]), len(sequence)):
+        others = [[*sequence[:t], token] for token in range(0, 90, 13)]
+        told = full_logps(model, [sequence[: t + 1], *others]) if t % 6 == 0 else []
+        assert all(told[0][-1] >= other[-1] for other in told[1:])
     assert len(set(greedy[1].tokens)) > 2
 
 
-def test_every_mesh_writes_the_same(folder: Path, model: Any, greedy: list[Completion]) -> None:
-    drawn = Engine(model).generate(PROMPTS, max_new_tokens=8, temperature=1.0, top_p=0.9, seed=3)
-    other = Engine(network(folder, mesh_of(2, 2, 2), random_init=True))
-    for want, found in zip(greedy, other.generate(PROMPTS, max_new_tokens=12), strict=True):
-        assert found.tokens == want.tokens
-        np.testing.assert_allclose(found.logps, want.logps, atol=1e-5)
-    again = other.generate(PROMPTS, max_new_tokens=8, temperature=1.0, top_p=0.9, seed=3)
-    assert [c.tokens for c in again] == [c.tokens for c in drawn]
+def many(count: int) -> list[Request]:
+    """Requests that differ in all that requests may differ in."""
+    return [
+        Request(
+            PROMPTS[i % 3][: 1 + 7 * i],
+            Sampling(
+                max_new_tokens=3 + 5 * i % 20,
+                temperature=(0.0, 1.0, 2.0)[i % 3],
+                top_k=4 * (i % 4),
+                top_p=(1.0, 0.8)[i % 2],
+                repetition_penalty=(1.0, 1.5)[i // 2 % 2],
+                logit_bias={i: 2.0} if i % 5 == 0 else {},
+            ),
+            stop_ids=(3 * i, 3 * i + 1),
+            seed=i,
+            n=1 + i % 3,
+        )
+        for i in range(count)
+    ]
+
+
+def test_a_sequence_is_the_same_to_the_bit_alone_and_among_others(engine: Engine) -> None:
+    """More completions than slots, so that they come and go around each other."""
+    requests = many(9)
+    together = engine.generate(requests)
+    assert [len(found) for found in together] == [request.n for request in requests]
+    for i in (0, 3, 5, 8):
+        assert engine.generate([requests[i]]) == [together[i]]
+
+
+def test_every_mesh_writes_the_same(folder: Path, engine: Engine) -> None:
+    requests = many(9)
+    other = Engine(network(folder, mesh_of(2, 2, 2), random_init=True), slots=8)
+    for want, found in zip(engine.generate(requests), other.generate(requests), strict=True):
+        assert [c.tokens for c in found] == [c.tokens for c in want]
+        for c, d in zip(found, want, strict=True):
+            np.testing.assert_allclose(c.logps, d.logps, atol=1e-5)
+            np.testing.assert_allclose(c.plain_logps, d.plain_logps, atol=1e-5)
 
 
 def test_stop_tokens_end_a_row_and_leave_the_others_alone(
-    model: Any, greedy: list[Completion]
+    engine: Engine, greedy: list[Completion]
 ) -> None:
     stop = greedy[1].tokens[4]
     first = greedy[1].tokens.index(stop)
-    found = Engine(model).generate(PROMPTS, max_new_tokens=12, stop_ids=[stop, 89])
+    found = [c for (c,) in engine.generate(alike(PROMPTS, GREEDY, stop_ids=[stop, 89]))]
     assert found[1].tokens == greedy[1].tokens[: first + 1]
-    assert found[1].stopped
-    assert len(found[1].logps) == len(found[1].tokens)
+    assert found[1].finish == "stop"
+    assert len(found[1].logps) == len(found[1].plain_logps) == first + 1
     for row in (0, 2):
         if stop not in greedy[row].tokens:
-            assert found[row].tokens == greedy[row].tokens
-            assert not found[row].stopped
+            assert found[row] == greedy[row]
 
 
-def test_tokens_are_told_one_by_one_as_they_come(model: Any, greedy: list[Completion]) -> None:
-    told: list[tuple[int, int]] = []
-    found = Engine(model).generate(
-        PROMPTS, max_new_tokens=12, on_token=lambda row, token: told.append((row, token))
-    )
-    assert [c.tokens for c in found] == [c.tokens for c in greedy]
-    assert told[:3] == [(row, greedy[row].tokens[0]) for row in range(3)]
+def test_tokens_are_told_one_by_one_as_they_come(engine: Engine, greedy: list[Completion]) -> None:
+    told: list[tuple[int, int, int]] = []
+    found = engine.generate(alike(PROMPTS, GREEDY), on_token=lambda *args: told.append(args))
+    assert [c for (c,) in found] == greedy
+    assert told[:3] == [(row, 0, greedy[row].tokens[0]) for row in range(3)]
     for row in range(3):
-        assert [token for r, token in told if r == row] == greedy[row].tokens
+        assert [token for r, _, token in told if r == row] == greedy[row].tokens
 
 
-def test_a_draw_depends_on_seed_row_and_position_alone(model: Any) -> None:
-    options = {"max_new_tokens": 10, "temperature": 1.0}
-    whole = engine.generate(model, PROMPTS, seed=1, **options)
-    assert engine.generate(model, PROMPTS[:1], seed=1, **options) == whole[:1]
-    assert engine.generate(model, PROMPTS, seed=2, **options) != whole
-    twice = engine.generate(model, [PROMPTS[0]] * 2, seed=1, **options)
-    assert twice[0] != twice[1]
+def test_a_draw_depends_on_seed_which_and_position_alone(engine: Engine) -> None:
+    request = Request(PROMPTS[0], DRAWN, seed=1, n=3)
+    (three,) = engine.generate([request])
+    assert len({tuple(c.tokens) for c in three}) == 3
+    assert engine.generate([dataclasses.replace(request, n=1)]) == [three[:1]]
+    far = dataclasses.replace(request, seed=1 + (1 << 40))
+    assert engine.generate([far])[0][0] != three[0]
 
 
-def test_generation_ends_with_the_models_context(model: Any) -> None:
-    """64 positions: a prompt of 60 has room for 4 tokens; one of 64 for none."""
-    found = engine.generate(model, [list(range(60))], max_new_tokens=20)
-    assert len(found[0]) == 4
-    with pytest.raises(ValueError, match="prompt 1 has 64 tokens; this model takes 1 to 63"):
-        engine.generate(model, [[1], [2] * 64], max_new_tokens=1)
-    with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
-        engine.generate(model, [[]], max_new_tokens=1)
-    with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        engine.generate(model, [[1]], max_new_tokens=0)
-    assert engine.generate(model, [], max_new_tokens=1) == []
+def test_one_that_is_done_may_be_followed_by_another_in_its_place(engine: Engine) -> None:
+    """Two turns: what was said is the next prompt's beginning."""
+    first = Request(PROMPTS[1], Sampling(max_new_tokens=5), seed=4, n=6)
+    seen: list[tuple[int, int, Completion]] = []
+
+    def follow(request: Request, completion: Completion) -> Request:
+        asked = [*request.tokens, *completion.tokens, 7]
+        return Request(asked, Sampling(max_new_tokens=9), seed=request.seed)
+
+    def on_done(index: int, which: int, completion: Completion) -> Request | None:
+        seen.append((index, which, completion))
+        again = which % 2 == 0 and len(completion.tokens) == 5
+        return follow(first, completion) if again else None
+
+    (plain,) = engine.generate([first])
+    (found,) = engine.generate([first], on_done)
+    assert [len(c.tokens) for c in found] == [9, 5, 9, 5, 9, 5]
+    assert found[1::2] == plain[1::2]
+    ((alone,),) = engine.generate([follow(first, plain[0])])
+    assert found[0] == alone
+    assert {(index, which) for index, which, _ in seen} == {(0, which) for which in range(6)}
+    assert [c for _, which, c in seen if which == 2] == [plain[2], found[2]]
+
+
+def test_a_follow_up_may_need_more_room(tmp_path: Path) -> None:
+    """More than the slots had at first, where not even the window had its own."""
+    write_config(tmp_path, "mistral", max_position_embeddings=512, sliding_window=200)
+    engine = Engine(network(tmp_path, mesh_of(1, 1, 1), random_init=True), slots=2)
+    short, long = ([3] * 20, [5] * 170)
+    later = Request(long, Sampling(max_new_tokens=8), seed=3)
+    first = [Request(short, Sampling(max_new_tokens=n), seed=2) for n in (4, 60)]
+    found = engine.generate(first, lambda i, _, c: later if i == 0 and len(c.tokens) < 8 else None)
+    assert found[0] == engine.generate([later])[0]
+    assert found[1] == engine.generate([first[1]])[0]
+
+
+def test_new_weights_are_the_next_answers(folder: Path, model: Any) -> None:
+    """And none of them is held: training may give them away."""
+    engine = Engine(model, slots=4)
+    asked = alike(PROMPTS, GREEDY)
+    other = network(folder, mesh_of(1, 1, 1), random_init=True, init_seed=1)
+    want = Engine(other, slots=4).generate(asked)
+    before = engine.generate(asked)
+    params = nnx.to_pure_dict(nnx.state(other))
+    engine.update(params)
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+    assert engine.generate(asked) == want != before
+
+
+def test_what_cannot_be_answered_is_refused_before_anything_runs(
+    engine: Engine, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 positions: a prompt of 60 has room for 4 tokens."""
+    four, ten = (Sampling(max_new_tokens=n) for n in (4, 10))
+    ((found,),) = engine.generate([Request(list(range(60)), four)])
+    assert len(found.tokens) == 4
+    monkeypatch.setattr(decoder, "prefill", None)
+    biased = Sampling(max_new_tokens=1, logit_bias={90: 1.0}, stop=("a",))
+    with pytest.raises(ValueError, match="these cannot be answered") as error:
+        engine.generate(
+            [
+                Request([1], four),
+                Request(list(range(60)), ten),
+                Request([], four, n=0),
+                Request([-1], biased),
+            ]
+        )
+    assert str(error.value).splitlines()[1:] == [
+        "    request 1: 60 tokens and max_new_tokens 10 are 70, there is room for 64",
+        "    request 2: its prompt is empty",
+        "    request 2: n is 0, expected at least 1",
+        "    request 3: token -1 is not among the model's 90",
+        "    request 3: stop strings need an engine with a tokenizer",
+    ]
+    with pytest.raises(ValueError, match="room for 32"):
+        Engine(model, slots=1, length=32).generate([Request([1] * 30, four)])
+    assert engine.generate([]) == []
+
+
+def test_a_follow_up_that_cannot_be_answered_says_so(engine: Engine) -> None:
+    too_long = Request([1] * 60, Sampling(max_new_tokens=10))
+    with pytest.raises(ValueError, match="on_done gave back: 60 tokens"):
+        engine.generate([Request([1], GREEDY)], lambda *_: too_long)
 
 
 def test_padding_rows_of_the_vocabulary_are_never_drawn(folder: Path) -> None:
     """90 tokens in 128 rows; at a temperature that makes all rows alike."""
     wide = network(folder, mesh_of(1, 1, 1), random_init=True, vocab_multiple=128)
-    found = engine.generate(wide, [[1]] * 8, max_new_tokens=32, temperature=1e6)
-    drawn = {token for tokens in found for token in tokens}
+    hot = Sampling(max_new_tokens=32, temperature=1e6)
+    (found,) = Engine(wide, slots=8).generate([Request([1], hot, n=8)])
+    drawn = {token for completion in found for token in completion.tokens}
     assert max(drawn) < 90
     assert len(drawn) > 60
 
 
-def test_other_lengths_in_the_same_bucket_compile_nothing(model: Any) -> None:
-    ready = Engine(model)
-    ready.generate([[1, 2, 3]], max_new_tokens=4)
-    before = (engine._prefill._cache_size(), engine._decode._cache_size())
-    ready.generate([[4, 5, 6, 7, 8]], max_new_tokens=9)
-    Engine(model).generate([[4]], max_new_tokens=2)
-    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == before
+def test_nothing_is_compiled_twice(engine: Engine, model: Any) -> None:
+    """Other lengths in the same buckets, other numbers of requests, another way of drawing."""
+    programs = (decoder.prefill, decoder.place, decoder.decode, decoder.empty)
+    engine.generate(alike(PROMPTS, GREEDY))
+    before = [program._cache_size() for program in programs]
+    engine.generate(many(6))
+    Engine(model, slots=4).generate([Request([4], DRAWN, n=7)])
+    assert [program._cache_size() for program in programs] == before
