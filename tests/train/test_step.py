@@ -25,7 +25,7 @@ from posttrain.models.moe import NO_ROUTER, RouterWeights
 from posttrain.train.offline import OfflineSource
 from posttrain.train.state import new_state
 from posttrain.train.step import Forward, eval_step_fn, train_step_fn
-from posttrain.types import Example
+from posttrain.types import Example, Extremes
 from tests.models.tiny import mesh_of, open_tiny
 
 SEQ_LEN, PAIRS = 48, 10
@@ -112,6 +112,9 @@ def assert_same(found: tuple[dict[str, Any], Any], want: tuple[dict[str, Any], A
         if name == "routing":
             for ours, theirs in zip(*map(jax.tree.leaves, (found[0][name], value)), strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        elif isinstance(value, Extremes):
+            ends = ((found[0][name].low, value.low), (found[0][name].high, value.high))
+            np.testing.assert_allclose(*zip(*ends, strict=True), rtol=1e-5, atol=1e-5)
         elif name not in ("learning_rate", "grad_norm"):
             assert np.array_equal(found[0][name].count, value.count), name
             np.testing.assert_allclose(found[0][name].total, value.total, rtol=1e-5, atol=1e-5)
