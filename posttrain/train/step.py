@@ -111,7 +111,7 @@ class Forward:
         outputs = self.outputs(params, micro, self.loss.needs)
         whole = jax.lax.stop_gradient(self._whole(outputs, micro) if whole is None else whole)
         terms = self._terms(outputs, micro, whole.statistic)
-        loss = Mean((terms.values * terms.weights).sum(), terms.weights.sum())
+        loss = Mean((terms.values * terms.weights).sum(), _counts(terms).sum())
         metrics = {**terms.metrics, "loss": loss, "loss_by_source": self._by_source(terms)}
         if outputs.routing is not None:
             metrics["routing"] = outputs.routing
