@@ -114,5 +114,5 @@ def _call(item: Any, index: int) -> dict[str, Any] | None:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a number of 5,000 digits, brackets without end
         return None

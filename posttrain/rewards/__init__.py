@@ -9,13 +9,17 @@ A new one is a file and a line below; `pkg.module:name` in a config reaches outs
 from __future__ import annotations
 
 from posttrain.rewards.base import Reward
+from posttrain.rewards.code import Code
 from posttrain.rewards.exact import Exact
+from posttrain.rewards.ifeval import IFEval
+from posttrain.rewards.json_schema import JSONForm
 from posttrain.rewards.length import Length, Overlong
 from posttrain.rewards.math import Math
 from posttrain.rewards.numeric import Numeric
 from posttrain.rewards.regex import Regex
 from posttrain.rewards.repetition import Repetition
 from posttrain.rewards.think import Think
+from posttrain.rewards.tool_call import ToolCall
 
 REWARDS: dict[str, type[Reward]] = {
     "exact": Exact,
@@ -23,6 +27,10 @@ REWARDS: dict[str, type[Reward]] = {
     "math": Math,
     "think": Think,
     "regex": Regex,
+    "json_schema": JSONForm,
+    "tool_call": ToolCall,
+    "ifeval": IFEval,
+    "code": Code,
     "length": Length,
     "overlong": Overlong,
     "repetition": Repetition,

@@ -72,7 +72,10 @@ def test_tool_calls(text, content, count):
         '{"name": "x"}',
         "[1, 2]",
         '{"answer": 42}',
+        "[" * 10_000,
+        "9" * 10_000,
     ],
+    ids=range(8),
 )
 def test_what_does_not_parse_stays_text(text):
     assert parse_assistant(text) == {"role": "assistant", "content": text}
