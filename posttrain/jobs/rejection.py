@@ -145,7 +145,7 @@ def run(cfg: Config) -> int:
         if first < len(prompts):
             each_prompt(cfg, prompts, open_answerer(cfg, prompts), None, first)
         return 0
-    header = {key: value for key, (_, value) in diff({}, cfg).items()}
+    header = {key: value for key, (_, value) in diff({}, cfg).items() if key}
     with Journal(cfg.out, {**header, "prompts' hash": fingerprint(prompts)}) as journal:
         if journal.done:
             print(f"{cfg.out}: {len(journal.done):,} of {len(prompts):,} prompts are done with")
@@ -211,7 +211,7 @@ def open_answerer(cfg: Answering, prompts: Sequence[Prompt]) -> Answerer:
         context = cfg.seq_len or room
         refuse(prompts, model.chat, cfg.sampling, tools, context)
         whole = nnx.merge(model.graphdef, nnx.State(model.params))
-        engine = Engine(whole, slots=cfg.slots, length=context, tokenizer=model.tokenizer)
+        engine = Engine(whole, slots=cfg.slots, length=cfg.seq_len, tokenizer=model.tokenizer)
     return Answerer(engine, model.chat, context, tools)
 
 

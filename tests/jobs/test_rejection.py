@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from posttrain import config
@@ -17,6 +19,7 @@ from posttrain.sampling.request import Completion, OnDone, Request
 from posttrain.tasks import TASKS
 from posttrain.types import Prompt
 from tests.chat.samples import byte_tokenizer
+from tests.jobs.runs import Runner, finish, start_together
 
 SUMS = ["model.path=none", "task.type=arithmetic", "prompts=6", "n=4", "sampling.max_new_tokens=40"]
 
@@ -170,3 +173,47 @@ def test_a_wrong_config_is_told(keys, said, tmp_path, capsys):
     assert main(["rejection", *SUMS, f"out={tmp_path / 'a.jsonl'}", *keys]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """What a tiny random model answers to four prompts, and the keys that make it so."""
+    folder = tmp_path_factory.mktemp("rejection")
+    rows = [{"question": f"Which is more, {i} or {i * i}?", "answer": str(i)} for i in range(4)]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = [
+        *(f"model.path={tiny_model}", "model.dtype=float32", "mesh.fsdp=1", "n=3", "slots=8"),
+        *("task.type=jsonl", f"task.path={folder / 'p.jsonl'}", "sampling.max_new_tokens=12"),
+        *("rewards.short.type=length", "rewards.short.unit=characters", "rewards.short.per=10"),
+        *("keep.finished=false", "keep.most=2"),
+    ]
+    out = folder / "one.jsonl"
+    cfg = config.load(rejection.Config, [], [*keys, f"out={out}"])
+    with pytest.MonkeyPatch.context() as patch:
+        some = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: some)
+        assert rejection.run(cfg) == 0
+    return out, keys
+
+
+def test_rejection_feeds_sft(answered: tuple[Path, list[str]], run_sft: Runner, tiny_model: Path):
+    out, _ = answered
+    rows = rows_of(out)
+    assert {row["from"]["prompt"] for row in rows} == {f"jsonl/train/{i}" for i in range(4)}
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["from"]["prompt"] == second["from"]["prompt"]
+        assert first["reward"] >= second["reward"]
+    source = [f"data.sources.gsm8k.path={out}", f"model.path={tiny_model}"]
+    done = run_sft(*source, "train.steps=2", "batch.examples=4", "export=false", devices=1)
+    assert done.code == 0
+    assert np.isfinite(done.losses).all()
+    assert len(done.losses) == 2
+
+
+def test_two_processes_write_what_one_does(answered: tuple[Path, list[str]], tmp_path: Path):
+    one, keys = answered
+    out = tmp_path / "two.jsonl"
+    keys = [key for key in keys if key != "mesh.fsdp=1"]
+    running = start_together([*keys, "mesh.fsdp=2", f"out={out}"], 2, 1, "rejection")
+    assert finish(running) == [0, 0]
+    assert rows_of(out) == rows_of(one)
