@@ -246,12 +246,13 @@ def each_prompt(
     from posttrain.data.progress import Progress
     from posttrain.rewards.scorer import Scorer
     from posttrain.sampling.groups import answer_all
+    from posttrain.train.answer_scores import score_functions
 
     title = str(type(cfg).model_fields["job"].default)
     answers = tokens = 0
     shown = done is not None
     with (
-        Scorer(cfg.rewards, cfg.shaping) as scorer,
+        Scorer(cfg.rewards, cfg.shaping, score_functions(cfg.rewards)) as scorer,
         Progress(title, len(prompts), shown=shown) as bar,
     ):
 

@@ -18,6 +18,7 @@ from posttrain.rewards.math import Math
 from posttrain.rewards.numeric import Numeric
 from posttrain.rewards.regex import Regex
 from posttrain.rewards.repetition import Repetition
+from posttrain.rewards.reward_model import RewardModel
 from posttrain.rewards.think import Think
 from posttrain.rewards.tool_call import ToolCall
 
@@ -31,6 +32,7 @@ REWARDS: dict[str, type[Reward]] = {
     "tool_call": ToolCall,
     "ifeval": IFEval,
     "code": Code,
+    "reward_model": RewardModel,
     "length": Length,
     "overlong": Overlong,
     "repetition": Repetition,
