@@ -106,11 +106,13 @@ class Config(Section):
         if not isinstance(given, Mapping):
             return given
         filled = dict(given)
+        if filled.get("rewards") is None and (task := _task_of(filled.get("task"))) is not None:
+            filled["rewards"] = {name: dict(part) for name, part in task.rewards.items()}
         if (recipe := RECIPES.get(filled.get("preset") or "")) is not None:
             for section, keys in recipe.keys.items():
                 filled[section] = _under(filled.get(section), keys)
-        if filled.get("rewards") is None and (task := _task_of(filled.get("task"))) is not None:
-            filled["rewards"] = {name: dict(part) for name, part in task.rewards.items()}
+            if isinstance(parts := filled.get("rewards"), Mapping):
+                filled["rewards"] = {**parts, **recipe.parts(_longest(filled)), **parts}
         return filled
 
     @model_validator(mode="after")
@@ -167,6 +169,13 @@ def _under(given: Any, keys: Mapping[str, Any]) -> Any:
     if "type" in given and given["type"] != keys.get("type", given["type"]):
         return given
     return {**keys, **given}
+
+
+def _longest(given: Mapping[str, Any]) -> int:
+    """sampling.max_new_tokens, where it is a number; if not, that is told where it is read."""
+    sampling = given.get("sampling")
+    found = sampling.get("max_new_tokens") if isinstance(sampling, Mapping) else None
+    return found if isinstance(found, int) else Sampling().max_new_tokens
 
 
 def _task_of(given: Any) -> Task | None:

@@ -11,6 +11,7 @@ from posttrain import optim
 from posttrain.checkpoint import is_primary
 from posttrain.data.plan import Plan
 from posttrain.losses.base import PreferenceLoss
+from posttrain.losses.reinforce import Reinforce
 from posttrain.train.model import Model
 from posttrain.train.prompts import PromptStream
 from posttrain.train.rollout_rows import Shape
@@ -102,6 +103,30 @@ def _head_line(model: Model, plan: Plan) -> str:
     return "score head: the model's"
 
 
+def policy_lines(cfg: Any) -> list[str]:
+    """What makes the gradient of a run that learns online another than the policy's."""
+    lines, sampling = [], cfg.sampling
+    plain = type(sampling)()
+    odd = [
+        f"{name}={getattr(sampling, name)}"
+        for name in sorted(
+            {*type(sampling).model_fields} - {"max_new_tokens", "temperature", "stop"}
+        )
+        if getattr(sampling, name) != getattr(plain, name)
+    ]
+    if odd:
+        lines.append(
+            f"sampling: answers are drawn with {', '.join(odd)}, and trained on as if without: "
+            "tokens that are never drawn are not learned of, and importance ratios are biased"
+        )
+    if isinstance(cfg.loss, Reinforce) and cfg.round.updates > 1:
+        lines.append(
+            f"loss: reinforce has no ratio: {cfg.round.updates - 1} of {cfg.round.updates} steps "
+            "of a round are off policy, and not corrected"
+        )
+    return lines
+
+
 def say_online(
     cfg: Any, model: Model, mesh: jax.sharding.Mesh, shape: Shape, stream: PromptStream,
     steps: int, start: int, began: float,
@@ -122,6 +147,7 @@ def say_online(
         f"{rounds:,} rounds of {every}, {round_.updates} steps on each: {steps:,} steps",
         f"rows: {shape.seq_len:,} tokens, {shape.micro_rows} in a micro-batch",
         cfg.kl.line(),
+        *policy_lines(cfg),
         *(f"learning rate: {warning}" for warning in warnings),
         f"{'continuing at' if start else 'starting at'} step {start}, "
         f"{time.monotonic() - began:.1f} s after the start",

@@ -11,10 +11,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """paper: an arXiv id. keys: sections of the config and what is set in them."""
+    """paper: an arXiv id. keys: sections of the config and what is set in them. overlong: to the
+    rewards is added DAPO's soft punishment of answers that fill the last fifth of what they may
+    have.
+
+    What a paper's figures depend on and no method is made of (how many prompts, how many updates on
+    them, learning rates) is the config's.
+    """
 
     paper: str
     keys: dict[str, dict[str, Any]]
+    overlong: bool = False
+
+    def parts(self, max_new_tokens: int) -> dict[str, dict[str, Any]]:
+        """Parts of the rewards beside those that are there."""
+        if not self.overlong:
+            return {}
+        cache = max(1, max_new_tokens // 5)
+        return {"overlong": {"type": "overlong", "max_length": max_new_tokens, "cache": cache}}
 
 
 _PLAIN_CLIP = {"type": "clip", "low": 0.2, "high": 0.2}
@@ -45,7 +59,10 @@ RECIPES: dict[str, Recipe] = {
             "advantage": {"type": "grpo", "scale": "group"},
             "loss": {"type": "clip", "low": 0.2, "high": 0.28, "aggregate": "token"},
             "kl": _NO_KL,
+            # the paper has no limit; what is left after so many tries is kept
+            "round": {"resample": 10},
         },
+        overlong=True,
     ),
     "gspo": Recipe(
         "2507.18071",
@@ -56,6 +73,7 @@ RECIPES: dict[str, Recipe] = {
                 **{"low": 3e-4, "high": 4e-4},
             },
             "kl": _NO_KL,
+            "round": {"steps": 4},  # with one alone no ratio is ever clipped
         },
     ),
     "rloo": Recipe(
@@ -97,6 +115,8 @@ RECIPES: dict[str, Recipe] = {
             "advantage": {"type": "gae", "gamma": 1.0, "lam": 0.95, "whiten": True},
             "loss": _PLAIN_CLIP | {"aggregate": "token"},
             "kl": {"coef": 0.05, "place": "reward", "estimator": "k1"},
+            "critic": {},
+            "round": {"passes": 4},
         },
     ),
 }

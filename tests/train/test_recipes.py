@@ -1,0 +1,58 @@
+"""Every recipe is a config of `posttrain rl`, whose keys stand there as the recipe has them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from posttrain.config import load, plain_dict
+from posttrain.jobs.rl import Config
+from posttrain.losses.cispo import CISPO
+from posttrain.train.first_lines import policy_lines
+from posttrain.train.recipes import RECIPES
+
+BASE = ["model.path=m", "task.type=countdown"]
+
+
+def config(*overrides: str) -> Config:
+    return load(Config, [], [*BASE, *overrides])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_config(name: str) -> None:
+    recipe, made = RECIPES[name], plain_dict(config(f"preset={name}"))
+    assert re.fullmatch(r"\d{4}\.\d{5}", recipe.paper)
+    for section, keys in recipe.keys.items():
+        assert made[section] is not None
+        for key, value in keys.items():
+            assert made[section][key] == value, f"{section}.{key}"
+    assert plain_dict(Config.model_validate(made)) == made, "resolved.yaml gives the same config"
+
+
+def test_what_the_user_sets_goes_before_the_recipe() -> None:
+    made: Any = config("preset=dapo", "loss.high=0.5", "kl.coef=0.1", "round.resample=2")
+    assert (made.loss.low, made.loss.high, made.kl.coef, made.round.resample) == (0.2, 0.5, 0.1, 2)
+    other: Any = config("preset=dapo", "loss.type=cispo")
+    assert isinstance(other.loss, CISPO)
+    assert other.loss.high == CISPO().high
+
+
+def test_dapo_punishes_answers_near_the_limit() -> None:
+    made: Any = config("preset=dapo", "sampling.max_new_tokens=100", "round.seq_len=200")
+    part = made.rewards["overlong"]
+    assert (part.max_length, part.cache) == (100, 20)
+    assert list(made.rewards)[-1] == "overlong", "beside the task's own"
+    own = ["rewards.overlong.type=overlong", "rewards.overlong.cache=3"]
+    mine: Any = config("preset=dapo", "rewards.overlong.max_length=7", *own)
+    assert mine.rewards["overlong"].max_length == 7
+    assert "overlong" not in config("preset=grpo").rewards
+
+
+def test_what_makes_the_gradient_another_is_said() -> None:
+    assert policy_lines(config("preset=rloo")) == []
+    [line] = policy_lines(config("preset=rloo", "round.steps=4"))
+    assert "3 of 4 steps" in line
+    [line] = policy_lines(config("preset=grpo", "sampling.top_p=0.9", "sampling.top_k=5"))
+    assert "top_k=5, top_p=0.9" in line
