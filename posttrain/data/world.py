@@ -1,15 +1,19 @@
 """A small made-up world that a tiny model can learn in minutes: what `posttrain demo` trains on.
 
 Forty people have a home, a food and a hat each; besides them there are running sums of one-digit
-numbers. The world is told three times: as prose, transcripts and worked sums for a base model
-(`write_texts`), as conversations with system prompts and second turns (`write_chats`), and as
-pairs of answers to one prompt (`write_pairs`). No text comes from outside: everything is a function
-of the seed.
+numbers. The world is told four times: as prose, transcripts and worked sums for a base model
+(`write_texts`), as conversations with system prompts and second turns (`write_chats`), as pairs of
+answers to one prompt (`write_pairs`), and as sums to find the answer of (`write_sums`). No text
+comes from outside: everything is a function of the seed.
 
 What is preferred. Asked about people without a system prompt, the conversations greet in every
 fifth answer, at random. The pairs prefer a greeting in the first answer and none after it or with a
 sum, and what a system prompt asks for to any other form. Both answers of a pair say the right
 value: only their form differs.
+
+What is rewarded. Asked for a sum without a system prompt, the conversations work it out in every
+fifth answer, at random, and else say the result at once, which the model mostly gets wrong. The
+prompts of `write_sums` know the result alone: that working it out is what helps is left to find.
 
 Trained and held out. A question has a *key*: the sum itself, or for a fact the system prompt, the
 earlier questions and this one. `is_held_out` goes by a hash of the key, so the split is the same in
@@ -22,13 +26,15 @@ way.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from posttrain.data.world_probe import PROBE_KINDS, Probe
 
 NAMES = (
     *("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gil", "Hana", "Ivo", "Jan"),
@@ -83,18 +89,9 @@ THINK = "Think first."
 SYSTEM_PROMPTS = STYLES | {"thinking": THINK}
 GREETING = "Hello! "
 GREETED_SHARE = 0.2  # of the trained answers about people without a system prompt
-# what an answer is, whatever it says: one sentence, of this form
-FORMS = {
-    "greeting": re.compile(r"Hello! [^.!]+\."),
-    "capitals": re.compile(r"[A-Z ]+\."),
-    "brief": re.compile(r"[A-Z][a-z]+\."),
-    "sentence": re.compile(r"[A-Z][a-z]+( [A-Za-z]+){2,}\."),
-    "number": re.compile(r"[0-9]+\."),
-    "thinking": re.compile(r"[0-9]+\."),  # besides the thinking itself
-}
+THOUGHT_SHARE = 0.2  # of the trained answers to sums without one
 SUM = "Work out "
 TURN_MARKS = {"user": "Question:", "assistant": "Answer:"}  # of the transcripts in the base text
-PROBE_KINDS = ("fact", "second turn", "sum", "sum, thinking")
 HELD_OUT_SHARE = 8
 
 
@@ -104,21 +101,6 @@ class World:
 
     seed: int
     facts: dict[str, dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A held-out question: the messages to answer, the right value, the form that is wanted."""
-
-    kind: str  # one of PROBE_KINDS
-    messages: tuple[dict[str, str], ...]
-    value: str
-    form: str  # one of FORMS
-
-    @property
-    def prompted(self) -> bool:
-        """Does a system prompt ask for the form? Otherwise it is only preferred."""
-        return self.messages[0]["role"] == "system"
 
 
 @dataclass(frozen=True)
@@ -157,8 +139,15 @@ class _Chat:
             free = not (system or ask.thinking)
             greets = rng is not None and free and rng.random() < GREETED_SHARE
             messages.append({"role": "user", "content": ask.question})
-            messages.append(ask.reply(self.style, greets))
+            messages.append(ask.reply(_own_style(self.style, ask, rng), greets))
         return messages
+
+
+def _own_style(style: str, ask: _Ask, rng: random.Random | None) -> str:
+    """With rng, THOUGHT_SHARE of the sums without a system prompt are worked out all the same."""
+    if rng is None or style != "none" or not ask.thinking:
+        return style
+    return "thinking" if rng.random() < THOUGHT_SHARE else style
 
 
 def make_world(seed: int = 0) -> World:
@@ -201,6 +190,14 @@ def write_pairs(path: str | Path, world: World, *, pairs: int, sums: float = 0.3
     _write(path, (_pair(chat, rng) for chat in chats))
 
 
+def write_sums(path: str | Path, world: World, *, prompts: int) -> None:
+    """JSONL of {"question", "answer"}: sums that are not held out, and their results."""
+    rng = random.Random(f"sums {world.seed}")
+    drawn = (_ask_sum(rng) for _ in itertools.count())
+    asks = itertools.islice((a for a in drawn if not is_held_out(a.question)), prompts)
+    _write(path, ({"question": ask.question, "answer": ask.value} for ask in asks))
+
+
 def probes(world: World, *, each: int, kinds: Iterable[str] = PROBE_KINDS) -> list[Probe]:
     """Different held-out questions; their earlier turns are not held out.
 
@@ -238,18 +235,6 @@ def plain_prompt(messages: Sequence[dict[str, str]]) -> str:
         for m in messages
     ]
     return " ".join([*lines, TURN_MARKS["assistant"]])
-
-
-def is_right(reply: str, probe: Probe) -> bool:
-    """Does the first sentence of the reply say the right value, whatever its form?"""
-    first = reply.strip().split(".")[0]
-    return probe.value.lower() in re.findall(r"[a-z]+|-?[0-9]+", first.lower())
-
-
-def is_as_wanted(reply: str, thinking: str, probe: Probe) -> bool:
-    """Is the reply of the form that is wanted, whatever it says? `thinking` came before it."""
-    thinks = bool(thinking.strip()) == (probe.form == "thinking")
-    return thinks and FORMS[probe.form].fullmatch(reply.strip()) is not None
 
 
 def _line(world: World, rng: random.Random) -> str:
@@ -306,13 +291,14 @@ def _wanted(chat: _Chat) -> str:
 
 def _pair(chat: _Chat, rng: random.Random) -> dict[str, list[dict[str, str]]]:
     ask, wanted = chat.asks[-1], _wanted(chat)
-    greeted, plain = ask.reply("none", greets=True), ask.reply("none")
+    own = _own_style("none", ask, rng)
+    greeted, plain = ask.reply(own, greets=True), ask.reply(own)
     if chat.style == "none":
         chosen, rejected = (greeted, plain) if wanted == "greeting" else (plain, greeted)
     else:
         chosen = ask.reply(chat.style)
         if ask.thinking:
-            others = [plain, ask.reply("thinking", greets=True)]
+            others = [ask.reply("none"), ask.reply("thinking", greets=True)]
         else:
             others = [r for r in map(ask.reply, tuple(STYLES)[1:]) if r != chosen]
         rejected = rng.choice([greeted, *others])
@@ -320,10 +306,10 @@ def _pair(chat: _Chat, rng: random.Random) -> dict[str, list[dict[str, str]]]:
 
 
 def _ask_sum(rng: random.Random) -> _Ask:
-    """A running sum of 3 to 5 one-digit numbers, every total between 0 and 20."""
+    """A running sum of 4 to 6 one-digit numbers, every total between 0 and 20."""
     total = rng.randint(1, 9)
     terms, steps = str(total), []
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(rng.randint(3, 5)):
         number, sign = rng.randint(1, 9), rng.choice("+-")
         if not 0 <= total + int(sign + str(number)) <= 20:
             sign = "-" if sign == "+" else "+"

@@ -37,8 +37,9 @@ from posttrain.chat.parse import parse_assistant
 from posttrain.config import Config as Section
 from posttrain.config import ConfigError, runtime, semantic
 from posttrain.data import world as worlds
-from posttrain.data.world import TURN_MARKS, Probe
+from posttrain.data.world import TURN_MARKS
 from posttrain.data.world_model import ROLES, write_model_folder
+from posttrain.data.world_probe import Probe
 from posttrain.report import before_after
 from posttrain.report.before_after import Answers
 from posttrain.sampling import turns

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data.world import PROBE_KINDS, SYSTEM_PROMPTS, Probe, is_as_wanted, is_right
+from posttrain.data.world import SYSTEM_PROMPTS
+from posttrain.data.world_probe import PROBE_KINDS, Probe, is_as_wanted, is_right
 from posttrain.sampling import turns
 from posttrain.types import Mean
 

@@ -11,22 +11,19 @@ from pathlib import Path
 import pytest
 
 from posttrain.data.world import (
-    FORMS,
-    PROBE_KINDS,
     SYSTEM_PROMPTS,
     VALUES,
-    Probe,
-    is_as_wanted,
     is_held_out,
-    is_right,
     make_world,
     plain_prompt,
     probes,
     write_chats,
     write_pairs,
+    write_sums,
     write_texts,
 )
 from posttrain.data.world_model import SPECIAL, write_model_folder
+from posttrain.data.world_probe import FORMS, PROBE_KINDS, Probe, is_as_wanted, is_right
 
 
 def _rows(path: Path) -> list[dict]:
@@ -40,6 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_texts(folder / "texts.jsonl", world, documents=40)
     write_chats(folder / "chats.jsonl", world, conversations=4000)
     write_pairs(folder / "pairs.jsonl", world, pairs=3000)
+    write_sums(folder / "sums.jsonl", world, prompts=2000)
     return folder
 
 
@@ -150,6 +148,24 @@ def test_every_fifth_trained_answer_about_people_greets_without_a_system_prompt(
     assert not any(greets[True])
 
 
+def test_every_fifth_sum_without_a_system_prompt_is_worked_out(written: Path) -> None:
+    thought = [
+        "reasoning_content" in row["messages"][1]
+        for row in _rows(written / "chats.jsonl")
+        if row["messages"][0]["content"].startswith("Work out")
+    ]
+    assert len(thought) > 500
+    assert sum(thought) / len(thought) == pytest.approx(0.2, abs=0.05)
+
+
+def test_sums_to_find_the_answer_of_are_right(written: Path) -> None:
+    rows = _rows(written / "sums.jsonl")
+    assert len(rows) == 2000
+    for row in rows:
+        terms = row["question"].removeprefix("Work out ").removesuffix(".")
+        assert row["answer"] == str(eval(terms))
+
+
 def test_held_out_sums_are_in_no_training_text_in_any_form(written: Path) -> None:
     everything = "".join(file.read_text() for file in sorted(written.glob("*.jsonl")))
     shown = set(re.findall(r"Work out ([0-9+-]+)\.", everything))
@@ -241,7 +257,8 @@ def test_judging_a_fact(reply: str, right: bool) -> None:
 def test_judging_a_form(reply: str, forms: set[str]) -> None:
     assert {form for form in FORMS if _form({"content": reply}, form)} == forms
     thought = {"content": reply, "reasoning_content": "1+1=2"}
-    assert {f for f in FORMS if _form(thought, f)} == ({"thinking"} if reply == "7." else set())
+    worked = {"thinking", "number"} if reply == "7." else set()
+    assert {f for f in FORMS if _form(thought, f)} == worked
 
 
 def test_judging_a_sum_reads_the_sign_and_the_whole_number() -> None:

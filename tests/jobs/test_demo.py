@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from posttrain.config import ConfigError
-from posttrain.data.world import Probe
+from posttrain.data.world_probe import Probe
 from posttrain.jobs import chat, demo
 from posttrain.report.before_after import (
     Answers,
