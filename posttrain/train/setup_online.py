@@ -23,6 +23,7 @@ from posttrain.sampling.engine import Engine
 from posttrain.sampling.request import RolloutEngine
 from posttrain.tools import Tool, open_tools
 from posttrain.train import loop
+from posttrain.train.answer_scores import score_functions
 from posttrain.train.answering import Answering
 from posttrain.train.evaluate_online import HeldOutPrompts
 from posttrain.train.export import Story, export, save_adapter
@@ -55,13 +56,13 @@ def our_engine(parts: Parts) -> RolloutEngine:
     )
 
 
-def run(cfg: Any, devices: Sequence[Any] | None = None, *, engine: EngineMaker = our_engine) -> int:
+def run(cfg: Any, devices: Sequence[Any] | None = None, engine: EngineMaker | None = None) -> int:
     """A whole run on all devices or those given; its exit code.
 
-    cfg: the Config of posttrain.jobs.rl. engine: makes what answers prompts.
+    cfg: the Config of posttrain.jobs.rl. engine: makes what answers prompts; None: ours.
     """
     with loop.stops_at_once():
-        return _run(cfg, devices, engine)
+        return _run(cfg, devices, engine or our_engine)
 
 
 def _run(cfg: Any, devices: Sequence[Any] | None, make_engine: EngineMaker) -> int:
@@ -81,7 +82,7 @@ def _run(cfg: Any, devices: Sequence[Any] | None, make_engine: EngineMaker) -> i
                 f"tools.use: {', '.join(tools)}: with several processes each would run the tools "
                 "for itself, and nothing makes sure that they hear the same: use one process"
             )
-        with Scorer(cfg.rewards, cfg.shaping) as scorer:
+        with Scorer(cfg.rewards, cfg.shaping, score_functions(cfg.rewards)) as scorer:
             model = open_model(cfg, mesh, lora=cfg.lora, seed=cfg.seed)
             parts = Parts(cfg, mesh, model, "samples")
             parts.split(parts.model.params)  # refuses patterns that name nothing

@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from posttrain import config
-from posttrain.jobs import preference, reward_model, sft
+from posttrain.jobs import preference, reward_model, rl, sft
+from tests.jobs.rl_task import RL_KEYS
 from tests.jobs.runs import GOLDEN, GOLDEN_PAIRS, Finished, Runner
 
 
@@ -153,5 +154,20 @@ def run_reward_model(golden_reward: list[str], tmp_path_factory: pytest.TempPath
         paths = [f"run_dir={folder}", f"data.cache_dir={folder}.cache"]
         cfg = config.load(reward_model.Config, [], [*golden_reward, *paths, *keys])
         return Finished(setup.run(cfg, jax.devices()[:devices], kind="pairs", head="score"), folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_rl(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """run_rl(*key=value, devices=1, folder=new) -> Finished, from RL_KEYS."""
+
+    def run(*keys: str, devices: int = 1, folder: Path | None = None) -> Finished:
+        from posttrain.train import setup_online
+
+        folder = folder or tmp_path_factory.mktemp("run")
+        own = [f"model.path={tiny_model}", f"run_dir={folder}"]
+        cfg = config.load(rl.Config, [], [*RL_KEYS, *own, *keys])
+        return Finished(setup_online.run(cfg, jax.devices()[:devices]), folder)
 
     return run

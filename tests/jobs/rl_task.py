@@ -9,6 +9,13 @@ from posttrain.tasks.base import Generated, Question, Rewards
 from posttrain.types import Rollout
 
 HERE = "tests.jobs.rl_task"
+RL_KEYS = [
+    *("model.dtype=float32", "model.remat=none", f"task.type={HERE}:Letters", "task.size=64"),
+    *("sampling.max_new_tokens=8", "round.prompts=4", "round.answers=4", "round.seq_len=64"),
+    *("round.micro_tokens=256", "round.slots=8", "optim.lr=3e-3", "optim.warmup=0"),
+    *("eval.prompts=0", "log.tensorboard=false", "rollouts.every=null", "export=false"),
+]
+"""Small and quick, nothing but the steps."""
 
 
 class Letters(Generated):

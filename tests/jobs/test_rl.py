@@ -3,38 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
-from posttrain import config
-from posttrain.jobs import rl
-from posttrain.train import setup_online
-from tests.jobs.rl_task import HERE
 from tests.jobs.runs import Finished, Runner
-
-KEYS = [
-    *("model.dtype=float32", "model.remat=none", f"task.type={HERE}:Letters", "task.size=64"),
-    *("sampling.max_new_tokens=8", "round.prompts=4", "round.answers=4", "round.seq_len=64"),
-    *("round.micro_tokens=256", "round.slots=8", "optim.lr=3e-3", "optim.warmup=0"),
-    *("eval.prompts=0", "log.tensorboard=false", "rollouts.every=null", "export=false"),
-]
-
-
-@pytest.fixture(scope="session")
-def run_rl(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """run_rl(*key=value, devices=1, folder=new) -> Finished."""
-
-    def run(*keys: str, devices: int = 1, folder: Path | None = None) -> Finished:
-        folder = folder or tmp_path_factory.mktemp("run")
-        own = [f"model.path={tiny_model}", f"run_dir={folder}"]
-        cfg = config.load(rl.Config, [], [*KEYS, *own, *keys])
-        return Finished(setup_online.run(cfg, jax.devices()[:devices]), folder)
-
-    return run
 
 
 @pytest.fixture(scope="module")
