@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from posttrain.advantages import ADVANTAGES
 from posttrain.config import Config
-from posttrain.losses import PAIR_LOSSES, UNPAIRED_LOSSES
+from posttrain.losses import PAIR_LOSSES, POLICY_LOSSES, UNPAIRED_LOSSES, VALUE_LOSSES, kl
+from posttrain.losses.correction import Correction
 from posttrain.losses.mixture import Mixture
 from posttrain.losses.pair_loss import MarginLoss, PairLoss, ReferenceLoss
+from posttrain.losses.policy_loss import PolicyLoss
 from posttrain.losses.unpaired import UnpairedLoss
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -51,6 +55,8 @@ def default_of(cls: type[Config], name: str) -> str:
     field = cls.model_fields[name]
     if field.is_required():
         return "required"
+    if isinstance(field.default, Config):
+        return "as below"
     return "none" if field.default is None else str(field.default).lower()
 
 
@@ -61,6 +67,32 @@ def row_of(name: str, cls: type[PairLoss] | type[UnpairedLoss]) -> str:
     coupled = made.coupled or "its own"
     first = (inspect.getdoc(cls) or "").split("\n")[0]
     return f"| [`{name}`](#{name}) | {first} | {data} | {needs} | {coupled} |"
+
+
+def online() -> list[str]:
+    """Of learning online: advantages, losses, the KL."""
+    shared = fields_of(PolicyLoss)
+    parts = ["# Learning online\n", *chapter("Advantages", "advantage.type", ADVANTAGES)]
+    parts += chapter("Policy losses", "loss.type", POLICY_LOSSES, shared)
+    parts += ["### Settings of all policy losses\n", *lines_of(PolicyLoss, shared), ""]
+    parts += ["### loss.correction\n", text_of(Correction), ""]
+    parts += [*lines_of(Correction, fields_of(Correction)), ""]
+    parts += chapter("What a critic minimises", "critic.loss.type", VALUE_LOSSES)
+    parts += ["## The KL\n", inspect.getdoc(kl) or "", ""]
+    return [*parts, *lines_of(kl.KL, fields_of(kl.KL)), ""]
+
+
+def chapter(
+    title: str, key: str, registry: Mapping[str, type[Config]], shared: Sequence[str] = ()
+) -> list[str]:
+    """A table of a registry's classes, then each of them."""
+    parts = [f"## {title}\n", f"| `{key}` | |", "|---|---|"]
+    first = {name: (inspect.getdoc(cls) or "").split("\n")[0] for name, cls in registry.items()}
+    parts += [f"| `{name}` | {line} |" for name, line in first.items()]
+    parts.append("")
+    for name, cls in registry.items():
+        parts += [f"### {key}: {name}\n", text_of(cls), settings_of(cls, set(shared))]
+    return parts
 
 
 def page(before: str) -> str:
@@ -82,6 +114,7 @@ def page(before: str) -> str:
     parts.append("## Settings that several losses share\n")
     for title, base in bases.items():
         parts += [f"### {title}\n", text_of(base), "", *lines_of(base, fields_of(base)), ""]
+    parts += online()
     head, rest = before.split(BEGIN)
     return "\n".join([f"{head}{BEGIN}\n", *parts, f"{END}{rest.split(END)[1]}"])
 

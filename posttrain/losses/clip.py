@@ -13,8 +13,7 @@ from posttrain.losses.policy_tokens import PolicyTokens, RatioLevel
 
 
 class Clip(PolicyLoss):
-    """Clipped importance ratio: no gain from moving the policy further than the clip from where it
-    was.
+    """Clipped importance ratio: going further from the old policy than the clip gains nothing.
 
         -min(r A, clip(r, 1 - low, 1 + high) A),   r = p / p_old
         and, of a negative A and with `dual`, at most -dual A
