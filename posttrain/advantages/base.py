@@ -68,14 +68,10 @@ class Signal:
 class Advantages:
     """Of each answer, per token, float32 [n], 0 where the token was not sampled.
 
-    returns: what a critic is to learn, of advantages that have one. flat [N]: the answer's group
-    has no signal: its rewards (penalties left out) are all equal, or it has one answer.
+    returns: what a critic is to learn, of advantages that are made by one.
     """
 
     advantages: list[np.ndarray]
-    flat: Bool[np.ndarray, " N"]
-    groups: int
-    groups_without_signal: int
     returns: list[np.ndarray] | None = None
 
 
@@ -164,24 +160,8 @@ def spread_out(sampled: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> 
     return made
 
 
-def of_answers(
-    signal: Signal, advantages: Float[np.ndarray, " N"], returns: list[np.ndarray] | None = None
-) -> Advantages:
+def of_answers(signal: Signal, advantages: Float[np.ndarray, " N"]) -> Advantages:
     """Advantages of whole answers: every sampled token has its answer's. NaN: 0."""
     known = np.nan_to_num(advantages, nan=0.0)
     tokens = [np.full(int((w > 0).sum()), a) for a, w in zip(known, signal.weights, strict=True)]
-    return made(signal, spread_out(tokens, signal.weights), returns)
-
-
-def made(
-    signal: Signal, tokens: list[np.ndarray], returns: list[np.ndarray] | None = None
-) -> Advantages:
-    """With what is counted of the round."""
-    flat = without_signal(signal.rewards, signal.groups)
-    return Advantages(
-        tokens,
-        flat,
-        groups=len(np.unique(signal.groups)),
-        groups_without_signal=len(np.unique(np.asarray(signal.groups)[flat])),
-        returns=returns,
-    )
+    return Advantages(spread_out(tokens, signal.weights))

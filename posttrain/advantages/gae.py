@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from posttrain.advantages.base import Advantage, Advantages, Signal, made, spread_out, whitened
+from posttrain.advantages.base import Advantage, Advantages, Signal, spread_out, whitened
 from posttrain.config import semantic
 
 
@@ -46,10 +46,8 @@ class GAE(Advantage):
         returns = [a + v if len(a) else v for a, v in zip(advantages, values, strict=True)]
         if self.whiten:
             advantages = whitened(advantages, [np.ones(len(a)) for a in advantages])
-        return made(
-            signal,
-            spread_out(advantages, signal.weights),
-            spread_out(returns, signal.weights),
+        return Advantages(
+            spread_out(advantages, signal.weights), spread_out(returns, signal.weights)
         )
 
 

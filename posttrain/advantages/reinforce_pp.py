@@ -10,7 +10,6 @@ from posttrain.advantages.base import (
     Advantages,
     Signal,
     group_stats,
-    made,
     spread_out,
     whitened,
 )
@@ -42,7 +41,7 @@ class ReinforcePP(Advantage):
             rewards = np.where(np.isnan(rewards), np.nan, centred)
         returns = [discounted(r, self.gamma) for r in signal.token_rewards(rewards)]
         whole = whitened(returns, [np.ones(len(r)) for r in returns])
-        return made(signal, spread_out(whole, signal.weights))
+        return Advantages(spread_out(whole, signal.weights))
 
 
 def discounted(rewards: np.ndarray, gamma: float) -> np.ndarray:

@@ -25,7 +25,6 @@ from posttrain.advantages.rloo import RLOO
 
 REWARDS = np.array([1.0, 0.0, 0.5, 0.3, 2.0, 2.0, 2.0, -1.0, 0.1, 0.1])
 GROUPS = np.array([7, 7, 7, 3, 3, 3, 7, 3, 9, 9])
-FLAT = GROUPS == 9
 
 
 def signal(**changes: Any) -> Signal:
@@ -75,8 +74,6 @@ def test_grpo(scale: Any) -> None:
         std = (sum((x - mean) ** 2 for x in of) / (len(of) - 1)) ** 0.5
         want.append(apart if scale == "none" else apart / (std + 1e-4))
     np.testing.assert_allclose(per_answer(found, given), want, rtol=1e-6, atol=1e-7)
-    assert (found.groups, found.groups_without_signal) == (3, 1)
-    assert (found.flat == FLAT).all()
 
 
 def test_pitfall_22_equal_rewards_have_advantages_of_exactly_nothing() -> None:
