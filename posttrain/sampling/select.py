@@ -16,9 +16,13 @@ from typing import Any, ClassVar
 from posttrain.config import Config, semantic
 from posttrain.data.normal import normalise
 from posttrain.data.rows import RowError
+from posttrain.rewards.base import answer_text
+from posttrain.sampling.estimates import final_answer
 from posttrain.types import Message, Rollout
 
 Rows = list[dict[str, Any]]
+Answer = tuple[int, Rollout]
+"""Which of the answers to its prompt it is, and it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Selection(Config):
 
     reader: ClassVar[str]
     """The command that reads the rows."""
+    judged: ClassVar[bool] = True
+    """Is an answer that no reward applies to left out? Else it comes last."""
 
     at_least: float | None = semantic(
         None, help="least reward of an answer to imitate; none = the best, whatever it is worth"
@@ -56,26 +62,27 @@ class Selection(Config):
         provenance: what every row is to say of where it came from.
         """
 
-    def candidates(
-        self, rollouts: Sequence[Rollout], dropped: Counter[str]
-    ) -> list[tuple[int, Rollout]]:
-        """Those that come into question, the best first (of equals the earlier one), and which of
-        the answers each is. Counts the others by why."""
-        found: list[tuple[int, Rollout]] = []
+    def finished_ones(self, rollouts: Sequence[Rollout], dropped: Counter[str]) -> list[Answer]:
+        """Those that can be trained on. Counts the others by why."""
+        found: list[Answer] = []
         for index, rollout in enumerate(rollouts):
             if self.finished and rollout.finish != "stop":
                 dropped["cut off"] += 1
-            elif math.isnan(rollout.reward):
-                dropped["no reward applies"] += 1
             elif not _readable(rollout):
                 dropped["no text that can be trained on"] += 1
             else:
                 found.append((index, rollout))
-        found.sort(key=lambda item: (-item[1].reward, item[0]))
-        different: list[tuple[int, Rollout]] = []
+        return found
+
+    def best(self, answers: Sequence[Answer], dropped: Counter[str]) -> list[Answer]:
+        """Those that differ, the highest reward first (of equals the earlier one)."""
+        known = [a for a in answers if not (self.judged and math.isnan(a[1].reward))]
+        if missing := len(answers) - len(known):
+            dropped["no reward applies"] += missing
+        different: list[Answer] = []
         seen: set[str] = set()
         grams: list[frozenset[tuple[str, ...]]] = []
-        for index, rollout in found:
+        for index, rollout in sorted(known, key=_worst_last):
             text = _text(rollout)
             own = frozenset(ngrams(text, self.ngram)) if self.max_overlap < 1 else frozenset()
             if text in seen:
@@ -87,6 +94,27 @@ class Selection(Config):
                 grams += [own] if self.max_overlap < 1 else []
                 different.append((index, rollout))
         return different
+
+    def conversations(
+        self, answers: Sequence[Answer], most: int, dropped: Counter[str], **provenance: Any
+    ) -> Selected:
+        """The best of the answers as rows, at most so many."""
+        least = -math.inf if self.at_least is None else self.at_least
+        high = [answer for answer in answers if not answer[1].reward < least]
+        if low := len(answers) - len(high):
+            dropped["below at_least"] += low
+        found = self.best(high, dropped)
+        if rest := len(found[most:]):
+            dropped["not among the best"] += rest
+        rows = [
+            {
+                **_conversation(rollout),
+                "reward": None if math.isnan(rollout.reward) else rollout.reward,
+                "from": {**provenance, **_place(index, rollout)},
+            }
+            for index, rollout in found[:most]
+        ]
+        return Selected(rows, len(rows), dropped)
 
 
 class SFTSelection(Selection):
@@ -102,16 +130,39 @@ class SFTSelection(Selection):
 
     def __call__(self, rollouts: Sequence[Rollout], provenance: Mapping[str, Any]) -> Selected:
         dropped: Counter[str] = Counter()
-        kept = []
-        for index, rollout in self.candidates(rollouts, dropped):
-            if self.at_least is not None and rollout.reward < self.at_least:
-                dropped["below at_least"] += 1
-            elif len(kept) == self.most:
-                dropped["not among the best"] += 1
-            else:
-                own = {**provenance, **_place(index, rollout)}
-                kept.append({**_conversation(rollout), "reward": rollout.reward, "from": own})
-        return Selected(kept, len(kept), dropped)
+        found = self.finished_ones(rollouts, dropped)
+        return self.conversations(found, self.most, dropped, **provenance)
+
+
+class MajoritySelection(Selection):
+    """The best of the answers that come to what most of them come to: no right answer is needed.
+
+    Source: self-consistency (Wang et al. 2023, arXiv:2203.11171); what is kept may be imitated
+    (Huang et al. 2023, arXiv:2210.11610). Of several with as many votes the one said first.
+    """
+
+    reader = "sft"
+    judged = False
+
+    most: int = semantic(1, ge=1, help="answers kept of a prompt")
+    agreement: float = semantic(
+        0.0, ge=0, le=1, help="least share of the answers that can be trained on that must agree"
+    )
+
+    def __call__(self, rollouts: Sequence[Rollout], provenance: Mapping[str, Any]) -> Selected:
+        dropped: Counter[str] = Counter()
+        found = self.finished_ones(rollouts, dropped)
+        votes = [final_answer(answer_text(rollout)) for _, rollout in found]
+        counted = Counter(votes).most_common(1)  # of equals the first
+        vote, count = counted[0] if counted else ("", 0)
+        if count < self.agreement * len(votes):
+            dropped["too few agree"] += len(votes)
+            return Selected([], 0, dropped)
+        if outvoted := len(votes) - count:
+            dropped["outvoted"] += outvoted
+        agree = [answer for answer, own in zip(found, votes, strict=True) if own == vote]
+        said = {"vote": vote, "votes": count, "of": len(votes)}
+        return self.conversations(agree, self.most, dropped, **provenance, **said)
 
 
 class PreferenceSelection(Selection):
@@ -125,7 +176,7 @@ class PreferenceSelection(Selection):
 
     def __call__(self, rollouts: Sequence[Rollout], provenance: Mapping[str, Any]) -> Selected:
         dropped: Counter[str] = Counter()
-        found = self.candidates(rollouts, dropped)
+        found = self.best(self.finished_ones(rollouts, dropped), dropped)
         rows: Rows = []
         why = "in no pair: rewards too alike"
         for (i, chosen), (j, rejected) in zip(found, reversed(found), strict=True):
@@ -149,8 +200,14 @@ class PreferenceSelection(Selection):
 
 SELECTIONS: dict[str, type[Selection]] = {
     "sft": SFTSelection,
+    "majority": MajoritySelection,
     "preference": PreferenceSelection,
 }
+
+
+def _worst_last(answer: Answer) -> tuple[float, int]:
+    index, rollout = answer
+    return (math.inf if math.isnan(rollout.reward) else -rollout.reward, index)
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:

@@ -13,7 +13,9 @@ from posttrain.data.config import SourceConfig
 from posttrain.data.formats import messages, preference
 from posttrain.sampling.select import (
     SELECTIONS,
+    MajoritySelection,
     PreferenceSelection,
+    Selected,
     Selection,
     SFTSelection,
     ngrams,
@@ -52,6 +54,8 @@ def test_answers_below_the_threshold_are_dropped():
     selected = SFTSelection(most=9, at_least=0.5)(given, {})
     assert texts(selected.rows) == ["b", "c", "a"]
     assert selected.dropped == {"below at_least": 1}
+    same = answers(("a", 0.5), ("a", 0.5), ("b", 1))
+    assert SFTSelection(at_least=1)(same, {}).dropped == {"below at_least": 2}, "before duplicates"
 
 
 def test_what_cannot_be_trained_on_is_dropped_and_why_is_said():
@@ -86,6 +90,24 @@ def test_near_duplicates_share_ngrams_with_a_better_answer():
     assert selected.dropped == {"near-duplicate": 1}
     assert SFTSelection(most=9, max_overlap=0.7)(given, {}).kept == 3
     assert SFTSelection(most=9, max_overlap=0.0, ngram=1)(given, {}).kept == 1
+
+
+def test_a_majority_needs_no_right_answer():
+    said = ["\\boxed{7}", "it is 8", "the answer is 7.0", "7", "\\boxed{8}", "9", "7"]
+    given = answers(*zip(said, [0.1, 0.9, 0.3, 0.2, 0.9, 0.9, 0.2], strict=True))
+    selected = MajoritySelection(most=2)(given, {"prompt": "p"})
+    assert texts(selected.rows) == ["the answer is 7.0", "7"]
+    own = selected.rows[0]["from"]
+    assert (own["vote"], own["votes"], own["of"], own["index"]) == ("7", 4, 7, 2)
+    assert selected.dropped == {"outvoted": 3, "duplicate": 1, "not among the best": 1}
+    assert MajoritySelection(agreement=0.6)(given, {}).dropped == {"too few agree": 7}
+    assert MajoritySelection(agreement=0.5)(given, {}).kept == 1
+    tied = answers(("it is 2", 0), ("it is 1", 1), ("it is 1", 1), ("it is 2", 0))
+    assert texts(MajoritySelection()(tied, {}).rows) == ["it is 2"]
+    unknown = answers(("it is 1", float("nan")), ("it is 2", 1), ("1", float("nan")))
+    (row,) = MajoritySelection()(unknown, {}).rows
+    assert (texts([row]), row["reward"]) == (["it is 1"], None)
+    assert MajoritySelection()([], {}) == Selected([], 0, {})
 
 
 def test_short_texts_are_one_ngram():
