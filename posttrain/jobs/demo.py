@@ -2,22 +2,21 @@
 
 It writes the texts of a small made-up world (posttrain/data/world.py), a tokenizer and a Llama of
 some 170 thousand parameters with random weights; trains it on prose (the base model), then on
-conversations (SFT), then on pairs of answers (DPO), with the code of `posttrain sft` and
-`posttrain preference` and nothing else. Every stage's model is asked the same held-out questions;
-what each says stands side by side, and every rate is measured again after every stage: a stage can
-destroy what an earlier one built. Two CPU cores, no downloads.
-
-It leaves out rewards: DPO is the last stage here.
+conversations (SFT), then on pairs of answers (DPO), and then learns from its own answers to sums,
+rewarded where the result is right and for nothing else (GRPO), with the code of `posttrain sft`,
+`posttrain preference` and `posttrain rl` and nothing else. Every stage's model is asked the same
+held-out questions; what each says stands side by side, and every rate is measured again after every
+stage: a stage can destroy what an earlier one built. Two CPU cores, no downloads.
 
     posttrain demo                     (or: make demo)
     posttrain demo work_dir=runs/mine seed=1
 
-<work_dir>/model   tokenizer and shape      base/ sft/ dpo/  the runs, their exports inside
-           data    what was trained on      report.json      every figure, with n and temperature
+<work_dir>/model   tokenizer and shape    base/ sft/ dpo/ rl/  the runs, their exports inside
+           data    what was trained on    report.json          every figure, with n and temperature
 
 Started again, it goes on where it was; what is finished is not done again. Afterwards:
 
-    posttrain chat model.path=<work_dir>/dpo/export
+    posttrain chat model.path=<work_dir>/rl/export
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ from posttrain.config import Config as Section
 from posttrain.config import ConfigError, runtime, semantic
 from posttrain.data import world as worlds
 from posttrain.data.world import TURN_MARKS
-from posttrain.data.world_model import ROLES, write_model_folder
+from posttrain.data.world_model import ROLES
 from posttrain.data.world_probe import Probe
+from posttrain.jobs.demo_stages import DATA_PARALLEL, stage_config, write_inputs
 from posttrain.report import before_after
 from posttrain.report.before_after import Answers
 from posttrain.sampling import turns
 
-DATA_PARALLEL = {"data": -1, "fsdp": 1}
-Stage = Literal["base", "sft", "dpo"]
-STAGES: tuple[Stage, ...] = ("base", "sft", "dpo")
+Stage = Literal["base", "sft", "dpo", "rl"]
+STAGES: tuple[Stage, ...] = ("base", "sft", "dpo", "rl")
 Generate = Callable[[list[list[int]], float], list[list[int]]]
 """(prompts, temperature) -> replies, in tokens; a reply ends with its stop token, if it stopped."""
 
@@ -74,6 +73,11 @@ class Config(Section):
     beta: float = semantic(1.0, gt=0, help="DPO's; 0.1 pushed the other forms out")
     label_smoothing: float = semantic(0.01, ge=0, lt=0.5, help="keeps DPO from pushing on and on")
     nll_weight: float = semantic(1.0, ge=0, help="of the chosen answer's own loss")
+    rl_steps: int = semantic(50, gt=0, help="rounds of learning online, a training step each")
+    rl_prompts: int = semantic(32, gt=0, help="sums of a round")
+    rl_answers: int = semantic(8, ge=2, help="answers to each")
+    rl_lr: float = semantic(3e-4, gt=0, help="peak learning rate there")
+    kl: float = semantic(0.01, ge=0, help="weight of the KL to the model of the stage before")
     probes: int = runtime(64, gt=0, help="held-out questions of each kind and form")
     temperatures: tuple[Annotated[float, Field(ge=0)], ...] = runtime(
         (0.7, 1.0), min_length=1, help="of the measured answers; the first is shown in examples"
@@ -96,102 +100,6 @@ def use_cores(rows: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def stage_config(cfg: Config, name: Stage) -> dict[str, Any]:
-    """The config of a stage's `posttrain sft` or `posttrain preference`, as its YAML would be."""
-    work = cfg.work_dir
-    texts = {"path": str(work / "data/texts.jsonl"), "format": "text"}
-    chats = {"path": str(work / "data/chats.jsonl"), "format": "messages"}
-    pairs = {"path": str(work / "data/pairs.jsonl"), "format": "preference"}
-    start: dict[str, Any]
-    if name == "base":
-        steps, lr, sources = cfg.base_steps, cfg.base_lr, {"prose": texts}
-        start = {"path": str(work / "model"), "random_init": True, "init_seed": cfg.seed}
-    elif name == "sft":
-        steps, lr, sources = cfg.sft_steps, cfg.sft_lr, {"chats": chats}
-        if cfg.replay:
-            sources = {
-                "chats": chats | {"weight": 1 - cfg.replay},
-                "prose": texts | {"weight": cfg.replay},
-            }
-        start = {"path": str(work / "base/export")}
-    else:
-        steps, lr, sources = cfg.dpo_steps, cfg.dpo_lr, {"pairs": pairs}
-        start = {"path": str(work / "sft/export")}
-    stage: dict[str, Any] = {
-        "job": "sft",
-        "run_dir": str(work / name),
-        "seed": cfg.seed,
-        "model": start | {"dtype": "float32", "remat": "none", "vocab_multiple": 1},
-        "data": {
-            "sources": sources,
-            "seq_len": cfg.seq_len,
-            "too_long": "split",
-            "cache_dir": str(work / "data/cache"),
-            "workers": 0,
-        },
-        "batch": {"rows": cfg.rows},
-        "optim": {"lr": lr, "warmup": min(50, steps // 4), "b2": 0.98},
-        "train": {"steps": steps},
-        "mesh": DATA_PARALLEL,
-        "checkpoint": {"every": max(steps // 2, 1), "keep": 1},
-        "log": {"every": max(steps // 5, 1)},
-    }
-    if name == "dpo":
-        stage |= {
-            "job": "preference",
-            "batch": {"examples": cfg.dpo_pairs},
-            "loss": {
-                "type": "dpo",
-                **{k: getattr(cfg, k) for k in ("beta", "label_smoothing", "nll_weight")},
-            },
-            "optim": stage["optim"] | {"b2": 0.999},
-        }
-        del stage["data"]["too_long"]
-    return stage
-
-
-def write_inputs(cfg: Config) -> worlds.World:
-    """The world's texts, and the folder of the untrained model; what is there is kept."""
-    world = worlds.make_world(cfg.seed)
-    texts, chats, pairs = (
-        cfg.work_dir / f"data/{name}.jsonl" for name in ("texts", "chats", "pairs")
-    )
-    if not texts.exists():
-        worlds.write_texts(texts, world, documents=cfg.documents)
-    if not chats.exists():
-        worlds.write_chats(chats, world, conversations=cfg.conversations)
-    if not pairs.exists():
-        worlds.write_pairs(pairs, world, pairs=cfg.dpo_steps * cfg.dpo_pairs)
-    if not (cfg.work_dir / "model/config.json").exists():
-        write_model_folder(cfg.work_dir / "model", _all_text(texts, chats), config=_shape(cfg))
-    return world
-
-
-def _shape(cfg: Config) -> dict[str, Any]:
-    return {
-        "hidden_size": cfg.hidden_size,
-        "intermediate_size": cfg.hidden_size * 8 // 3 // 4 * 4,
-        "num_hidden_layers": cfg.layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 2 * cfg.seq_len,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "initializer_range": cfg.hidden_size**-0.5 / 4,
-    }
-
-
-def _all_text(texts: Path, chats: Path) -> Iterator[str]:
-    for line in texts.open(encoding="utf-8"):
-        yield json.loads(line)["text"]
-    for line in chats.open(encoding="utf-8"):
-        for message in json.loads(line)["messages"]:
-            yield message["content"]
-            yield message.get("reasoning_content", "")
-
-
 def refuse_another(cfg: Config) -> None:
     """ConfigError where work_dir holds a demo of other settings; else notes this one's there."""
     marker = cfg.work_dir / "demo.json"
@@ -210,7 +118,7 @@ def refuse_another(cfg: Config) -> None:
 
 def train_stage(cfg: Config, name: Stage) -> int:
     """Runs a stage unless its export is there; the exit code of its job."""
-    from posttrain.jobs import preference, sft
+    from posttrain.jobs import preference, rl, sft
 
     # the model card is the last thing that an export writes
     if (cfg.work_dir / name / "export/README.md").exists():
@@ -220,6 +128,8 @@ def train_stage(cfg: Config, name: Stage) -> int:
     print(f"== {name}, stage {STAGES.index(name) + 1} of {len(STAGES)}", flush=True)
     if name == "dpo":
         return preference.run(preference.Config.model_validate(stage))
+    if name == "rl":
+        return rl.run(rl.Config.model_validate(stage))
     return sft.run(sft.Config.model_validate(stage))
 
 
@@ -327,7 +237,7 @@ def run(cfg: Config) -> int:
     }
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
-    print(f"figures: {path}\ntalk to it: posttrain chat model.path={cfg.work_dir}/dpo/export")
+    print(f"figures: {path}\ntalk to it: posttrain chat model.path={cfg.work_dir}/rl/export")
     return 0
 
 
@@ -340,6 +250,7 @@ def ask_all(cfg: Config, probes: Sequence[Probe]) -> dict[float, dict[str, Answe
             "base, chat": ask(*opened["base"], probes, temperature, plain=False),
             "SFT": ask(*opened["sft"], probes, temperature, plain=False),
             "DPO": ask(*opened["dpo"], probes, temperature, plain=False),
+            "GRPO": ask(*opened["rl"], probes, temperature, plain=False),
         }
         for temperature in cfg.temperatures
     }

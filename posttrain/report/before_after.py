@@ -40,6 +40,7 @@ def measure(
         is_as_wanted(m["content"], m.get("reasoning_content", ""), probe)
         for m, probe in zip(said, probes, strict=True)
     ]
+    thought = [bool(m.get("reasoning_content", "").strip()) for m in said]
 
     def share(outcomes: list[bool], of: Callable[[Probe], bool]) -> Mean:
         counted = [outcome for outcome, p in zip(outcomes, probes, strict=True) if of(p)]
@@ -59,6 +60,7 @@ def measure(
         "preferred: greets": share(formed, lambda p: p.form == "greeting"),
         "preferred: only once": share(formed, lambda p: p.kind == "second turn" and not p.prompted),
         "preferred: not with a sum": share(formed, lambda p: p.form == "number"),
+        "works sums out unasked": share(thought, lambda p: p.kind == "sum"),
         "right": share(right, lambda p: True),
     }
     for kind in PROBE_KINDS:

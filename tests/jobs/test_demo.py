@@ -31,6 +31,9 @@ TINY = {
     "sft_steps": 2,
     "dpo_steps": 2,
     "dpo_pairs": 4,
+    "rl_steps": 2,
+    "rl_prompts": 4,
+    "rl_answers": 2,
     "probes": 2,
     "max_new_tokens": 4,
 }
@@ -48,14 +51,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_stage_trains_on_the_one_before_and_exports(finished: Path) -> None:
-    for stage, steps, start in (("base", 3, "model"), ("sft", 2, "base"), ("dpo", 2, "sft")):
+    stages = (("base", 3, "model"), ("sft", 2, "base"), ("dpo", 2, "sft"), ("rl", 2, "dpo"))
+    last = {}
+    for stage, steps, start in stages:
         lines = (finished / stage / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
         for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
             assert (finished / stage / "export" / name).is_file(), (stage, name)
         resolved = yaml.safe_load((finished / stage / "resolved.yaml").read_text())
         assert Path(resolved["model"]["path"]).relative_to(finished).parts[0] == start
-    assert "rewards/accuracies" in json.loads(lines[-1])  # DPO's, as its stage is the last
+        last[stage] = json.loads(lines[-1])
+    assert "rewards/accuracies" in last["dpo"]
+    assert last["rl"]["answers"] == 8
 
 
 def test_the_report_holds_every_rate_with_its_n(finished: Path) -> None:
@@ -65,19 +72,20 @@ def test_the_report_holds_every_rate_with_its_n(finished: Path) -> None:
     n = {"stops by itself": 32, "keeps to one turn": 32, "right": 32}
     n |= {"follows system prompt": 20, "follows: thinking": 8}
     n |= {f"follows: {form}": 4 for form in ("capitals", "brief", "sentence")}
+    n |= {"works sums out unasked": 8}
     n |= {"preferred: greets": 2, "preferred: only once": 2, "preferred: not with a sum": 8}
     n |= {f"right: {kind}": 8 for kind in ("fact", "second turn", "sum", "sum, thinking")}
     for of in report["rates"]:
-        assert [*of["models"]] == ["base, plain text", "base, chat", "SFT", "DPO"]
+        assert [*of["models"]] == ["base, plain text", "base, chat", "SFT", "DPO", "GRPO"]
         for rates in of["models"].values():
             assert {name: rate["n"] for name, rate in rates.items()} == n
             assert all(0 <= rate["value"] <= 1 for rate in rates.values())
     assert len(report["examples"]["answers"]) == 7
-    assert {*report["seconds"]} == {"world", "base", "sft", "dpo", "asking"}
+    assert {*report["seconds"]} == {"world", "base", "sft", "dpo", "rl", "asking"}
 
 
 def test_the_trained_model_chats(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = {"model": {"path": str(finished / "dpo/export")}, "prompt": "Where does Ugo live?"}
+    keys = {"model": {"path": str(finished / "rl/export")}, "prompt": "Where does Ugo live?"}
     assert chat.run(chat.Config.model_validate({**keys, "max_new_tokens": 2})) == 0
     assert capsys.readouterr().out.strip()
 
@@ -90,7 +98,7 @@ def test_a_second_start_keeps_what_is_finished(
     rates = json.loads((finished / "report.json").read_text())["rates"]
     assert demo.run(_config(finished)) == 0
     assert [file.stat().st_mtime_ns for file in weights] == before
-    assert capsys.readouterr().out.count("finished before, kept") == 3
+    assert capsys.readouterr().out.count("finished before, kept") == 4
     assert json.loads((finished / "report.json").read_text())["rates"] == rates
 
 
@@ -116,6 +124,7 @@ def test_rates_on_hand_made_replies() -> None:
     replies = [[10, END], [10, END], [10, 11], [10, USER, END], [END], [10, 11]]
     said = ["Hello! Ugo lives in Rome.", "Rome.", "Ugo lives in Oslo.", "12.", "7.", "8."]
     messages = [{"content": text} for text in said]
+    messages[3]["reasoning_content"] = "3+9=12"
     messages[-1]["reasoning_content"] = "3+5=8"
     rates = measure(replies, messages, probes, {END}, {USER})
     assert {name: (m.total, m.count) for name, m in rates.items()} == {
@@ -129,6 +138,7 @@ def test_rates_on_hand_made_replies() -> None:
         "preferred: greets": (1, 1),
         "preferred: only once": (1, 1),
         "preferred: not with a sum": (1, 1),
+        "works sums out unasked": (1, 1),
         "right": (5, 6),
         "right: fact": (2, 2),
         "right: second turn": (1, 1),

@@ -21,7 +21,7 @@ SEEDS = (3, 4, 5)  # the defaults were chosen on 0, 1 and 2
 FEW_ROUNDS = 20  # fewer, and one seed is enough
 
 BASE = ("base, plain text", "base, chat")
-TUNED = ("SFT", "DPO")
+TUNED = ("SFT", "DPO", "GRPO")
 
 
 def run_demo(folder: Path, seed: int) -> dict[str, Any]:
@@ -50,6 +50,9 @@ def check(report: dict[str, Any]) -> None:
         assert rate["DPO"][greets] >= rate["SFT"][greets] + 0.30
         if of["temperature"] == 0.7:
             assert rate["DPO"]["right"] >= rate["SFT"]["right"] - 0.03
+        if of["temperature"] == 1.0:
+            assert rate["DPO"]["right: sum"] < 0.40
+            assert rate["GRPO"]["right: sum"] > 0.80
 
 
 def test_the_story_is_true(tmp_path: Path, soak_rounds: int) -> None:
