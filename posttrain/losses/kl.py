@@ -93,10 +93,10 @@ class KL(Config):
     def per_token(
         self, tokens: PolicyTokens, reference: Float[Array, "B T"]
     ) -> Float[Array, "B T"]:
-        """The estimate of each token, with the gradient that was chosen."""
+        """In the loss: the estimate of each token, with the gradient that was chosen."""
         d = (tokens.logps - reference).clip(-LIMIT, LIMIT)
         value = estimate(self.estimator, d)
-        if not (self.unbiased and self.place == "loss"):
+        if not self.unbiased:
             return value
         ratio, value, d = jax.lax.stop_gradient((jnp.exp(tokens.log_ratios("token")), value, d))
         return ratio * (value + d * (tokens.logps - jax.lax.stop_gradient(tokens.logps)))
@@ -119,19 +119,24 @@ class Objective:
     def __call__(self, outputs: TokenOutputs, batch: Batch) -> Terms:
         """The loss's terms, and coef times the KL of each token.
 
-        Metrics: the loss's; kl, the mean estimate over trained tokens, if the reference is known.
+        Metrics: the loss's; kl, the mean estimate over trained tokens, if the reference is known:
+        in the loss of the policy as it is, in the reward of the policy that drew.
         """
         terms: Terms = self.loss(outputs, batch)
         if batch.reference_logps is None:
             return terms
         tokens = policy_tokens(outputs, batch)
-        found = self.kl.per_token(tokens, batch.reference_logps)
-        terms = replace(terms, metrics={**terms.metrics, "kl": tokens.mean(found)})
+        if self.kl.in_loss:
+            found = self.kl.per_token(tokens, batch.reference_logps)
+        else:
+            found = estimate(self.kl.estimator, tokens.old_logps - batch.reference_logps)
+        metrics = {**terms.metrics, "kl": tokens.mean(found)}
         if not self.kl.in_loss:
-            return terms
+            return replace(terms, metrics=metrics)
         if not self.kl.idle:
             found = found * (tokens.of_answer(jnp.abs(tokens.advantages)) > 0)
-        return replace(terms, values=terms.values + self.kl.coef * found)
+        values = terms.values + self.kl.coef * found
+        return replace(terms, values=values, metrics=metrics)
 
 
 def objective(loss: Any, kl: KL, max_new_tokens: int) -> Objective:

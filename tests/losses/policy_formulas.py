@@ -98,7 +98,7 @@ def kl_value(estimator: str, d: np.ndarray) -> np.ndarray:
 
 
 def kl_term(kl: Any, answer: Answer, logps: np.ndarray, at: np.ndarray) -> np.ndarray:
-    if not (kl.unbiased and kl.place == "loss"):
+    if not kl.unbiased:
         return kl_value(kl.estimator, logps - answer.reference)
     moved, still = np.exp(at - answer.old), at - answer.reference
     return moved * (kl_value(kl.estimator, still) + still * (logps - at))

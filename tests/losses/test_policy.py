@@ -201,6 +201,9 @@ def test_metrics(level: Any) -> None:
     assert found.keys() == want.keys()
     for name, value in want.items():
         assert found[name] == pytest.approx(value, rel=1e-5), name
+    drew = Objective(loss, KL(coef=0.1, place="reward", estimator="k1"))(outputs, batch).metrics
+    of_old = everywhere(lambda a: a.old - a.reference).mean()
+    assert value_of(drew["kl"]) == pytest.approx(of_old, rel=1e-5)
     ends = {name: x for name, x in metrics.items() if isinstance(x, Extremes)}
     ratio, difference = "sampling/importance_sampling_ratio", "sampling/sampling_logp_difference"
     assert ends.keys() == {ratio, difference}
