@@ -13,6 +13,7 @@ from posttrain.rewards.code import Code
 from posttrain.rewards.exact import Exact
 from posttrain.rewards.ifeval import IFEval
 from posttrain.rewards.json_schema import JSONForm
+from posttrain.rewards.judge import Judge, JudgePairs
 from posttrain.rewards.length import Length, Overlong
 from posttrain.rewards.math import Math
 from posttrain.rewards.numeric import Numeric
@@ -33,6 +34,8 @@ REWARDS: dict[str, type[Reward]] = {
     "ifeval": IFEval,
     "code": Code,
     "reward_model": RewardModel,
+    "judge": Judge,
+    "judge_pairs": JudgePairs,
     "length": Length,
     "overlong": Overlong,
     "repetition": Repetition,
