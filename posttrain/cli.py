@@ -3,6 +3,7 @@
 A job is a module with `Config` and `run(cfg) -> int | None`, imported only when it is chosen.
 It may also have
   ACTIONS  dict of action -> one line; then it is `run(cfg, action)`, and an action must be given;
+  WORD     the key that a word alone sets;
   ACCEPTS  name of a job whose configs it takes too (it reads the sections both have) -> keys of
            its own that such a config means.
 """
@@ -25,6 +26,7 @@ JOBS = {
     "rejection": ("posttrain.jobs.rejection", "many answers to each prompt; the best as data"),
     "rl": ("posttrain.jobs.rl", "learning online: a task's rewards, GRPO to PPO"),
     "evaluate": ("posttrain.jobs.evaluate", "how well a model does a task"),
+    "report": ("posttrain.jobs.report", "the answers of a run, with what they earned"),
     "score": ("posttrain.jobs.score", "rows of answers -> the same rows with their scores"),
     "data": ("posttrain.jobs.data", "prepare, preview or check training data"),
     "convert": ("posttrain.jobs.convert", "model folder or run -> Hugging Face model folder"),
@@ -79,6 +81,7 @@ def _job_usage(name: str, job: ModuleType) -> str:
 
     actions: dict[str, str] = getattr(job, "ACTIONS", {})
     action = f" {{{'|'.join(actions)}}}" if actions else ""
+    action += f" {word.upper()}" if (word := getattr(job, "WORD", "")) else ""
     parts = [
         f"usage: posttrain {name}{action} CONFIG.yaml [OVERLAY.yaml ...] [key.path=value ...]",
         (job.__doc__ or JOBS[name][1]).strip(),
@@ -132,7 +135,10 @@ def _run(name: str, words: list[str], overrides: list[str], flags: list[str]) ->
             raise UsageError(f"posttrain {name} needs an action: {', '.join(actions)}")
         if given[0] not in actions:
             raise UsageError(f"unknown action {given[0]!r}{_suggest(given[0], list(actions))}")
-    if extra := given[1:] if actions else given:
+    extra = given[1:] if actions else given
+    if extra and (key := getattr(job, "WORD", None)):
+        overrides = [f"{key}={extra.pop(0)}", *overrides]
+    if extra:
         raise UsageError(f"{extra[0]!r} is neither a .yaml file nor key.path=value")
 
     from posttrain.config import load, resolved_yaml

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.chat.template import ChatTemplate
-from posttrain.checkpoint import is_primary
 from posttrain.rewards.scorer import Scorer, Scoring
 from posttrain.sampling.conversation import make_rollouts
 from posttrain.sampling.request import RolloutEngine, Sampling
@@ -39,13 +38,13 @@ class Answered:
 
 
 class Answering:
-    """An engine, and all that stands between it and scored rollouts."""
+    """An engine, and all that stands between it and scored rollouts. scorer: of process 0."""
 
     def __init__(
         self,
         engine: RolloutEngine,
         chat: ChatTemplate,
-        scorer: Scorer,
+        scorer: Scorer | None,
         *,
         seq_len: int,
         tools: Mapping[str, Tool],
@@ -54,6 +53,10 @@ class Answering:
         self._engine, self._chat, self._scorer = engine, chat, scorer
         self._seq_len, self._tools, self._max_turns = seq_len, tools, max_turns
         self._version: int | None = None
+
+    def decode(self, tokens: list[int]) -> str:
+        """Their text, as the policy's tokenizer has it."""
+        return self._chat.tokenizer.decode(tokens)
 
     def update(self, params: Any, version: int) -> None:
         """Answers come from these weights from now on: those after `version` updates."""
@@ -75,7 +78,7 @@ class Answering:
         begun: dict[int, Scoring] = {}
 
         def judge(index: int, rollout: Rollout) -> None:
-            if is_primary():
+            if self._scorer is not None:
                 begun[index] = self._scorer.start(rollout)
 
         began = time.monotonic()
@@ -92,10 +95,12 @@ class Answering:
             version=self._version,
             first_group=first_group,
             on_rollout=judge,
+            share=shared,
         )
         sampled = time.monotonic()
 
         def verdicts() -> bytes:
+            assert self._scorer is not None, "process 0 has one"
             scored = self._scorer.finish([begun[i] for i in range(len(rollouts))])
             return json.dumps([[s.rewards, s.reward] for s in scored]).encode()
 

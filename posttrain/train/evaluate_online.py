@@ -34,7 +34,8 @@ class HeldOutPrompts:
         )
         if is_primary() and cfg.rollouts.every is not None:
             path = cfg.run_dir / "rollouts" / f"{step}.held_out.jsonl"
-            write_rollouts(path, answered.rollouts, tokens=cfg.rollouts.tokens)
+            decode = self._answering.decode if cfg.rollouts.tokens else None
+            write_rollouts(path, answered.rollouts, decode=decode)
         found = round_metrics(answered.rollouts, cfg.right)
         found["sampled_tokens_per_second"] = answered.tokens / max(answered.sampling, 1e-9)
         return {f"eval/{cfg.task.name}/{name}": value for name, value in found.items()}

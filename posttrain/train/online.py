@@ -203,7 +203,8 @@ class OnlineSource:
         every = cfg.rollouts.every
         if every is not None and number % every == 0 and is_primary():
             path = cfg.run_dir / "rollouts" / f"{self._step + 1}.jsonl"
-            write_rollouts(path, rollouts, found.advantages, tokens=cfg.rollouts.tokens)
+            decode = self._answering.decode if cfg.rollouts.tokens else None
+            write_rollouts(path, rollouts, found.advantages, decode=decode)
         return made
 
     def _sample(self, number: int) -> _Sampled:

@@ -1,14 +1,13 @@
 """Answers written down for people: <run_dir>/rollouts/<step>.jsonl, a line per answer.
 
-The step is the one that metrics.jsonl reports the round with. What is in a line: README of
-`posttrain report rollouts` (docs/rl.md).
+The step is the one that metrics.jsonl reports the round with. report/rollouts.py reads them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,22 @@ def write_rollouts(
     rollouts: Sequence[Rollout],
     advantages: Sequence[np.ndarray] | None = None,
     *,
-    tokens: bool = True,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> None:
-    """The file appears whole or not at all. tokens: with what is known of each token."""
+    """The file appears whole or not at all. decode: with what is known of each token, too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    # a lone surrogate, which a model may write, is no UTF-8: written as JSON names it
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for i, rollout in enumerate(rollouts):
-            line = _line(rollout, None if advantages is None else advantages[i], tokens)
+            line = _line(rollout, None if advantages is None else advantages[i], decode)
             file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     temporary.replace(path)
 
 
-def _line(rollout: Rollout, advantage: np.ndarray | None, tokens: bool) -> dict[str, Any]:
+def _line(
+    rollout: Rollout, advantage: np.ndarray | None, decode: Callable[[list[int]], str] | None
+) -> dict[str, Any]:
     sampled = rollout.loss_weights > 0
     line: dict[str, Any] = {
         "prompt_id": rollout.prompt.id,
@@ -53,8 +55,9 @@ def _line(rollout: Rollout, advantage: np.ndarray | None, tokens: bool) -> dict[
         line |= {"calls": rollout.calls, "failed_calls": rollout.failed_calls}
     if advantage is not None and sampled.any():
         line["advantage"] = float(advantage[sampled].mean())
-    if tokens:
+    if decode is not None:
         line["tokens"] = rollout.tokens.tolist()
+        line["pieces"] = [decode([token]) for token in rollout.tokens.tolist()]
         line["sampled"] = sampled.astype(int).tolist()
         line["logps"] = _rounded(rollout.logps)
         line["plain_logps"] = _rounded(rollout.plain_logps)

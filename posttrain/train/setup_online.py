@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,12 +78,7 @@ def _run(cfg: Any, devices: Sequence[Any] | None, make_engine: EngineMaker) -> i
         prompts = cfg.task.prompts("train")
         held_out = cfg.task.prompts("held_out") if cfg.eval.prompts else ()
         tools = open_tools(cfg.tools, cfg.task.tools)
-        if tools and jax.process_count() > 1:
-            raise ConfigError(
-                f"tools.use: {', '.join(tools)}: with several processes each would run the tools "
-                "for itself, and nothing makes sure that they hear the same: use one process"
-            )
-        with Scorer(cfg.rewards, cfg.shaping, score_functions(cfg.rewards)) as scorer:
+        with _scorer(cfg) as scorer:
             model = open_model(cfg, mesh, lora=cfg.lora, seed=cfg.seed)
             parts = Parts(cfg, mesh, model, "samples")
             parts.split(parts.model.params)  # refuses patterns that name nothing
@@ -105,6 +101,13 @@ def _run(cfg: Any, devices: Sequence[Any] | None, make_engine: EngineMaker) -> i
                 else None
             )
             return _train(parts, shape, stream, answering, judged, steps, resuming, began)
+
+
+def _scorer(cfg: Any) -> Scorer | nullcontext[None]:
+    """Rewards are asked for by process 0 alone: only there are reward models loaded."""
+    if not is_primary():
+        return nullcontext()
+    return Scorer(cfg.rewards, cfg.shaping, score_functions(cfg.rewards))
 
 
 def _length(cfg: Any, prompts: int) -> int:
