@@ -224,6 +224,8 @@ def plain(value: Any) -> Any:
         ({"n": 5, "x": 3, "s": "new york", "o": "d"}, 0),
         ({"n": 5, "x": 3, "s": "new york", "l": ["A b", "c"]}, 1),
         ({"n": 5, "x": 3, "s": "new york", "l": ["c", "a b"]}, 0),
+        ({"n": 5, "x": 3, "s": "new york", "l": [1]}, 1),
+        ({"n": 5, "x": 3, "s": "new york", "l": [True]}, 0),
         ({"n": 5, "x": 3, "s": "new york", "d": {"k": 1}}, 1),
         ({"n": 5, "x": 3, "s": "new york", "d": {"k": 3, "j": "z"}}, 0),
         ({"n": 5, "x": 3, "s": "new york", "d": {}}, 0),
@@ -247,7 +249,7 @@ def test_bfcl_matches_types_and_values(of, arguments, score):
         "x": [2.5, 3],
         "s": ["New York"],
         "o": ["", "b.c"],
-        "l": ["", ["a b", "C"]],
+        "l": ["", ["a b", "C"], [1]],
         "d": ["", {"k": [1, 2], "j": ["", "z"]}],
     }
     row = {
