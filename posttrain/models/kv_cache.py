@@ -1,13 +1,15 @@
 """The keys and values of what a layer has read, and the attention of one token more to them.
 
-A cache is keys and values [B, K, S, H]. A layer that sees a window keeps that alone, as a ring:
-position p lies in slot p mod S.
+A cache holds keys and values in pieces [B, K, s, H], each as long as all before it: what lies
+beyond the longest sequence is not looked at, and no piece is copied to be looked at. A layer that
+sees a window keeps that alone, as a ring: position p lies in slot p mod S.
 Shape suffixes: B rows, P positions, S slots, N query heads, K key/value heads, G query heads of a
 key head, H head_dim.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,10 +19,12 @@ from posttrain.models.head import soft_cap
 from posttrain.sharding import constrain
 
 CHUNK = 128
-"""Slots that are looked at together. A longer cache holds a multiple of it."""
+"""Slots of the first piece. A longer cache holds a multiple of it."""
 AXES = ("batch", "kv_heads", None, None)
-"""The logical dims of a cache."""
+"""The logical dims of a piece."""
 _NEGATIVE = -1e30  # a masked score: exp gives exactly 0
+
+Pieces = tuple[jax.Array, ...]
 
 
 def cache_slots(length: int, window: int | None) -> int:
@@ -31,8 +35,19 @@ def cache_slots(length: int, window: int | None) -> int:
     return min(length, -(-window // multiple) * multiple)
 
 
+def cut(slots: int) -> list[tuple[int, int]]:
+    """(first slot, size) of the pieces of a cache."""
+    found, start = [], 0
+    while start < slots:
+        size = min(max(CHUNK, start), slots - start)
+        found.append((start, size))
+        start += size
+    return found
+
+
 def to_cache(x_BPKH: jax.Array, lengths_B: jax.Array, window: int | None) -> jax.Array:
-    """Keys or values of whole prompts as their cache lies: [B, K, P or the ring's slots, H].
+    """Keys or values of whole prompts as a cache holds them, in one piece [B, K, slots, H]: the
+    first P of its slots, or the whole ring.
 
     lengths_B: how many of the positions are real.
     """
@@ -45,21 +60,28 @@ def to_cache(x_BPKH: jax.Array, lengths_B: jax.Array, window: int | None) -> jax
     return constrain(x_BPKH.swapaxes(1, 2), AXES)
 
 
-def write(cache: jax.Array, x_B1KH: jax.Array, at_B: jax.Array) -> jax.Array:
+def write(pieces: Pieces, x_B1KH: jax.Array, at_B: jax.Array) -> Pieces:
     """The cache with the token at each row's position at_B in it."""
+    places = cut(sum(piece.shape[2] for piece in pieces))
+    slots = at_B % sum(size for _, size in places)
 
-    def one(row_KSH: jax.Array, x_1KH: jax.Array, at: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(row_KSH, x_1KH.swapaxes(0, 1), (0, at, 0))
+    def one(row_KsH: jax.Array, x_1KH: jax.Array, slot: jax.Array) -> jax.Array:
+        return row_KsH.at[:, slot].set(x_1KH[0], mode="drop")
 
-    return constrain(jax.vmap(one)(cache, x_B1KH, at_B % cache.shape[2]), AXES)
+    return tuple(
+        constrain(
+            jax.vmap(one)(piece, x_B1KH, jnp.where(slots >= start, slots - start, size)), AXES
+        )
+        for piece, (start, size) in zip(pieces, places, strict=True)
+    )
 
 
 def cached_attention(
     q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Pieces,
+    values: Pieces,
     at: jax.Array,
-    chunks: jax.Array,
+    longest: jax.Array,
     *,
     window: int | None = None,
     softcap: float | None = None,
@@ -67,22 +89,22 @@ def cached_attention(
 ) -> jax.Array:
     """Attention of one new token a row over its cache; float32 softmax.
 
-    q: [B, 1, N, H]; keys, values: caches that hold the token too; at: int32 [B], its position: it
-    sees positions 0..at, of these the last `window`. chunks: int32 scalar: no row has a token in a
-    later chunk. window, softcap, scale as in attention. Gives [B, 1, N, H].
+    q: [B, 1, N, H]; keys, values: that hold the token too; at: int32 [B], its position: it sees
+    positions 0..at, of these the last `window`. longest: int32 scalar, more than any of `at` that
+    matters. window, softcap, scale as in attention. Gives [B, 1, N, H].
 
-    Chunk by chunk with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867). A chunk
+    Piece by piece with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867). A piece
     of which a row sees nothing changes not a bit of its result: that depends on no other row.
     """
-    heads, slots = keys.shape[1:3]
-    size = min(CHUNK, slots)
+    heads = keys[0].shape[1]
     q_BKGH = q.reshape(q.shape[0], heads, -1, q.shape[3])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    places = cut(sum(piece.shape[2] for piece in keys))
+    slots = sum(size for _, size in places)
 
-    def chunk(i: jax.Array, carry: Any) -> Any:
+    def add(carry: Any, k: jax.Array, v: jax.Array, start: int) -> Any:
         most, total, out = carry
-        k, v = (jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2) for x in (keys, values))
-        behind = (at[:, None] - i * size - jnp.arange(size)) % slots
+        behind = (at[:, None] - start - jnp.arange(k.shape[2])) % slots
         visible = behind <= at[:, None]
         if window is not None:
             visible &= behind < window
@@ -97,6 +119,12 @@ def cached_attention(
         return top, total * kept + p.sum(-1), out * kept[..., None] + seen
 
     rows = q_BKGH.shape[:3]
-    start = (jnp.full(rows, _NEGATIVE), jnp.zeros(rows), jnp.zeros(q_BKGH.shape, jnp.float32))
-    _, total, out = jax.lax.fori_loop(0, jnp.minimum(chunks, slots // size), chunk, start)
+    carry = (jnp.full(rows, _NEGATIVE), jnp.zeros(rows), jnp.zeros(q_BKGH.shape, jnp.float32))
+    for (start, _), k, v in zip(places, keys, values, strict=True):
+        step = functools.partial(add, start=start)
+        if start == 0:
+            carry = step(carry, k, v)
+        else:
+            carry = jax.lax.cond(longest > start, step, lambda carry, *_: carry, carry, k, v)
+    _, total, out = carry
     return (out / total[..., None]).astype(q.dtype).reshape(q.shape)

@@ -34,11 +34,18 @@ from posttrain.sharding import BATCH_AXES, constrain, partition_spec
 
 @dataclass(frozen=True)
 class Static:
-    """What programs are made for, beside shapes."""
+    """What programs are made for, beside shapes. Its hash is asked for with every call."""
 
     trunk: Any  # graph of embedding, final norm and head
     layers: tuple[Any, ...]  # each layer's graph, in the model's order
     tree: Any  # how the flat weights lie in their states
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.trunk, self.layers, self.tree))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +53,8 @@ class Static:
 class Rows:
     """What is known of prompts that were read, or of slots: all that decoding goes on from."""
 
-    caches: tuple[tuple[jax.Array, jax.Array], ...]  # per layer (models/kv_cache.py)
+    caches: tuple[tuple[Any, Any], ...]  # keys, values of each layer (models/kv_cache.py); what
+    # was read is in one piece, what is in slots in several
     logits: jax.Array  # float32 [B, V], of the next token
     seen: jax.Array  # uint8 [B, V], of each token (sampler.py)
 
@@ -176,10 +184,10 @@ def prefill(
 def empty(slots: int, length: int, spec: Spec, dtype: Any) -> Rows:
     """Slots with room for `length` tokens each, a multiple of kv_cache.CHUNK."""
 
-    def cache(kind: LayerKind) -> jax.Array:
-        room = kv_cache.cache_slots(length, kind.window)
-        zeros = jnp.zeros((slots, spec.kv_heads, room, spec.head_dim), dtype)
-        return constrain(zeros, kv_cache.AXES)
+    def cache(kind: LayerKind) -> kv_cache.Pieces:
+        sizes = [size for _, size in kv_cache.cut(kv_cache.cache_slots(length, kind.window))]
+        shapes = [(slots, spec.kv_heads, size, spec.head_dim) for size in sizes]
+        return tuple(constrain(jnp.zeros(shape, dtype), kv_cache.AXES) for shape in shapes)
 
     caches = tuple((cache(kind), cache(kind)) for kind in spec.kinds)
     shape = (slots, spec.vocab_rows)
@@ -191,15 +199,19 @@ def empty(slots: int, length: int, spec: Spec, dtype: Any) -> Rows:
 def grown(rows: Rows, length: int, spec: Spec) -> Rows:
     """The same with room for more tokens each."""
 
-    def longer(cache: jax.Array, kind: LayerKind) -> jax.Array:
-        more = kv_cache.cache_slots(length, kind.window) - cache.shape[2]
-        return constrain(jnp.pad(cache, ((0, 0), (0, 0), (0, more), (0, 0))), kv_cache.AXES)
+    def longer(new: jax.Array, old: jax.Array) -> jax.Array:
+        more = [(0, n - o) for n, o in zip(new.shape, old.shape, strict=True)]
+        return constrain(jnp.pad(old, more), kv_cache.AXES)
 
-    caches = tuple(
-        (longer(k, kind), longer(v, kind))
-        for (k, v), kind in zip(rows.caches, spec.kinds, strict=True)
+    def all_longer(new: kv_cache.Pieces, old: kv_cache.Pieces) -> kv_cache.Pieces:
+        return (*map(longer, new, old), *new[len(old) :])
+
+    caches = empty(*rows.seen.shape[:1], length, spec, rows.caches[0][0][0].dtype).caches
+    return Rows(
+        tuple(tuple(map(all_longer, *both)) for both in zip(caches, rows.caches, strict=True)),
+        rows.logits,
+        rows.seen,
     )
-    return Rows(caches, rows.logits, rows.seen)
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
@@ -223,14 +235,25 @@ def place(rows: Rows, read: Rows, moves: jax.Array, counts: jax.Array) -> Rows:
 
         def move(i: jax.Array, rows: Rows) -> Rows:
             slot, row = moves[0, i, 0], moves[0, i, 1]
+            one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), read)
 
             def put(old: jax.Array, new: jax.Array) -> jax.Array:
-                new = jax.lax.dynamic_slice_in_dim(new, row, 1)
-                if new.ndim > 2:  # a prompt may be padded beyond what a slot has room for
-                    new = new[:, :, : old.shape[2]]
                 return jax.lax.dynamic_update_slice(old, new, (slot,) + (0,) * (old.ndim - 1))
 
-            return jax.tree.map(put, rows, read)
+            def put_all(pieces: kv_cache.Pieces, new: jax.Array) -> kv_cache.Pieces:
+                """A prompt may be padded beyond what a slot has room for, or not reach a piece."""
+                places = kv_cache.cut(sum(piece.shape[2] for piece in pieces))
+                parts = [new[:, :, start : start + size] for start, size in places]
+                return tuple(
+                    put(old, part) if part.shape[2] else old
+                    for old, part in zip(pieces, parts, strict=True)
+                )
+
+            return Rows(
+                tuple(tuple(map(put_all, *b)) for b in zip(rows.caches, one.caches, strict=True)),
+                put(rows.logits, one.logits),
+                put(rows.seen, one.seen),
+            )
 
         return jax.lax.fori_loop(0, counts[0], move, rows)
 
@@ -244,11 +267,11 @@ def place(rows: Rows, read: Rows, moves: jax.Array, counts: jax.Array) -> Rows:
 @functools.partial(jax.jit, static_argnames=("stride", "static"), donate_argnames="rows")
 def decode(
     weights: list[jax.Array], rows: Rows, slots: Slots, uses: Uses, floor: jax.Array,
-    chunks: jax.Array, *, stride: int, static: Static,
+    longest: jax.Array, *, stride: int, static: Static,
 ) -> tuple[Rows, tuple[jax.Array, ...]]:  # fmt: skip
     """At most `stride` tokens more in each live slot, until no more than `floor` are live.
 
-    chunks: as in kv_cache.cached_attention, of the last of these steps. Gives (rows, (tokens,
+    longest: as in kv_cache.cached_attention, in the last of these steps. Gives (rows, (tokens,
     log-probs of the distributions drawn from, the model's own)), each [B, stride] and the same on
     every device; the token is -1 where the slot was not live any more.
     """
@@ -264,7 +287,7 @@ def decode(
         token = jnp.where(live, drawn.token, -1)
         now = (token, drawn.logp, drawn.plain_logp)
         said = tuple(all_.at[:, i].set(new) for all_, new in zip(said, now, strict=True))
-        rows = _advanced(network, rows, drawn.token, lengths, chunks)
+        rows = _advanced(network, rows, drawn.token, lengths, longest)
         lengths = jnp.where(live, lengths + 1, lengths)
         ended = (token[:, None] == slots.stops).any(-1) | (lengths >= slots.ends)
         return i + 1, rows, lengths, live & ~ended, said
@@ -288,7 +311,7 @@ def _key(seeds: jax.Array) -> jax.Array:
 
 
 def _advanced(
-    network: _Network, rows: Rows, token_B: jax.Array, lengths_B: jax.Array, chunks: jax.Array
+    network: _Network, rows: Rows, token_B: jax.Array, lengths_B: jax.Array, longest: jax.Array
 ) -> Rows:
     """Reads one token more in every slot; in slots that are not live, where nobody looks."""
     spec, caches = network.spec, list(rows.caches)
@@ -302,7 +325,7 @@ def _advanced(
             keys,
             values,
             lengths_B,
-            chunks,
+            longest,
             window=kind.window,
             softcap=spec.attention_softcap,
             scale=spec.attention_scale,

@@ -139,7 +139,7 @@ class Engine:
                 slots,
                 uses,
                 np.int32(max(floor, 0)),
-                np.int32(-(-longest // CHUNK)),
+                np.int32(longest),
                 stride=stride,
                 static=self._static,
             )

@@ -71,7 +71,7 @@ def draw(
     logits_BV: float32, -inf where there is no token. seen_BV: uint8, IN_PROMPT and IN_ANSWER.
     """
     x = changed(logits_BV, seen_BV, choice, uses)
-    best = jnp.argmax(x, -1).astype(jnp.int32)
+    best = _first_true(x == x.max(-1, keepdims=True)).astype(jnp.int32)
 
     def drawn(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         greedy = choice.temperature == 0
@@ -172,6 +172,12 @@ def _first(ends: jax.Array, target: jax.Array, width: jax.Array) -> jax.Array:
     """The first that ends beyond the target and has a width; by rounding there may be none: then
     the last that has a width."""
     wide = width > 0
-    beyond = wide & (ends > target[:, None])
-    last = wide.shape[-1] - 1 - jnp.argmax(wide[:, ::-1], -1)
-    return jnp.where(beyond.any(-1), jnp.argmax(beyond, -1), last)
+    first = _first_true(wide & (ends > target[:, None]))
+    last = jnp.where(wide, jnp.arange(wide.shape[1]), 0).max(-1)
+    return jnp.where(first < wide.shape[1], first, last)
+
+
+def _first_true(x_BV: jax.Array) -> jax.Array:
+    """Its place; V where there is none. XLA's argmax goes through a row one by one on the CPU."""
+    size = x_BV.shape[1]
+    return jnp.where(x_BV, jnp.arange(size), size).min(-1)
