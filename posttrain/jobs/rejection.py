@@ -9,7 +9,8 @@ pass@k, maj@n (majority vote) and best@n (the answer with the highest reward).
 
 Rows are written prompt by prompt. Killed at any point and started again, the command goes on after
 the last prompt that is whole in <out>.progress, and the file is the same as without the kill.
-It leaves out training: feed the file to `posttrain sft`.
+With a section `server`, a server that speaks OpenAI's protocol answers instead of a model here. It
+leaves out training: feed the file to `posttrain sft`.
 
     posttrain rejection configs/rejection/qwen_gsm8k.yaml model.path=MODEL task.path=TRAIN.jsonl
 """
@@ -39,6 +40,7 @@ from posttrain.config import (
 from posttrain.models.spec import ModelConfig
 from posttrain.rewards.total import RewardParts, Shaping, check
 from posttrain.sampling.journal import Journal
+from posttrain.sampling.remote import RemoteConfig, RemoteEngine
 from posttrain.sampling.request import RolloutEngine, Sampling
 from posttrain.sampling.select import SELECTIONS, Selection, SFTSelection
 from posttrain.sharding import DistributedConfig, MeshConfig
@@ -54,6 +56,9 @@ class Answering(Section):
     """A task's prompts, answered and judged: what `rejection` and `evaluate` share."""
 
     model: ModelConfig = semantic(help="who answers")
+    server: RemoteConfig | None = semantic(
+        None, help="a server that answers instead; model.path is then its tokenizer and template"
+    )
     chat: ChatConfig = semantic(ChatConfig(), help="how prompts become tokens")
     task: Annotated[Task, _TASK] = semantic(help="the prompts, and what their answers should be")
     split: Split = semantic("train", help="of the task's prompts: train or held_out")
@@ -128,7 +133,7 @@ class Answerer:
 
     engine: RolloutEngine
     chat: ChatTemplate
-    context: int
+    context: int | None
     tools: Mapping[str, Tool]
 
 
@@ -201,6 +206,10 @@ def open_answerer(cfg: Answering, prompts: Sequence[Prompt]) -> Answerer:
             f"tools.use: {', '.join(tools)}: each process would run them for itself, and nothing "
             "makes sure that they hear the same: use one process"
         )
+    if cfg.server is not None:
+        if jax.process_count() > 1:
+            raise ConfigError("server: each process would ask it everything: use one process")
+        return _at_a_server(cfg, cfg.server, prompts, tools)
     use_compile_cache()
     mesh = make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
@@ -215,11 +224,25 @@ def open_answerer(cfg: Answering, prompts: Sequence[Prompt]) -> Answerer:
     return Answerer(engine, model.chat, context, tools)
 
 
+def _at_a_server(
+    cfg: Answering, server: RemoteConfig, prompts: Sequence[Prompt], tools: Mapping[str, Tool]
+) -> Answerer:
+    from posttrain.chat.tokenizer import Tokenizer
+    from posttrain.models.folder import local_folder
+    from posttrain.sampling.groups import refuse
+
+    folder = local_folder(cfg.model.path)
+    chat = ChatTemplate.load(folder, Tokenizer.load(folder), cfg.chat)
+    refuse(prompts, chat, cfg.sampling, tools, cfg.seq_len)
+    return Answerer(RemoteEngine(server, chat), chat, cfg.seq_len, tools)
+
+
 def reject(cfg: Config, prompts: Sequence[Prompt], journal: Journal, to: Answerer) -> None:
     """Answers the prompts that are not done with yet, and writes what is kept of each."""
     from posttrain.sampling.tally import counts
 
-    about = {"job": "rejection", "model": cfg.model.path, "task": cfg.task.name}
+    model = cfg.server.model if cfg.server else cfg.model.path
+    about = {"job": "rejection", "model": model, "task": cfg.task.name}
     about |= {"seed": cfg.seed, "sampling": plain_dict(cfg.sampling)}
 
     def done(index: int, rollouts: list[Rollout]) -> None:
@@ -279,3 +302,5 @@ def each_prompt(
             max_turns=cfg.tools.max_turns,
             context=to.context,
         )
+    if isinstance(to.engine, RemoteEngine) and (line := to.engine.told()):
+        print(line)

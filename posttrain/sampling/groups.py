@@ -25,7 +25,7 @@ def refuse(
     chat: ChatTemplate,
     sampling: Sampling,
     tools: Mapping[str, Tool],
-    context: int,
+    context: int | None,
 ) -> None:
     """ConfigError before anything is sampled: prompts that leave no room for an answer, or that the
     template does not take."""
@@ -37,14 +37,15 @@ def refuse(
         except ChatError as error:
             wrong.append(f"{prompt.id}: {error.reason}")
             continue
-        if len(ids) + sampling.max_new_tokens > context:
+        if context is not None and len(ids) + sampling.max_new_tokens > context:
             wrong.append(f"{prompt.id}: {len(ids)} tokens")
     if wrong:
         more = [f"... and {len(wrong) - _SHOWN:,} more"] if len(wrong) > _SHOWN else []
+        room = "" if context is None else f" in the model's context of {context}"
         raise ConfigError(
             f"task: {len(wrong):,} of {len(prompts):,} prompts cannot be asked, or leave no room "
-            f"for sampling.max_new_tokens={sampling.max_new_tokens} in the model's context of "
-            f"{context}:\n    " + "\n    ".join([*wrong[:_SHOWN], *more])
+            f"for sampling.max_new_tokens={sampling.max_new_tokens}{room}:\n    "
+            + "\n    ".join([*wrong[:_SHOWN], *more])
         )
 
 

@@ -46,6 +46,15 @@ class RemoteEngine:
         self.came_as: Counter[str] = Counter()
         """Completions that came back as "ids", or as "text" that was tokenised here."""
 
+    def told(self) -> str:
+        """What a user should know of how answers came back; "" for nothing."""
+        if not self.came_as["text"]:
+            return ""
+        return (
+            f"{self.came_as['text']:,} of {self.came_as.total():,} answers came back as text alone "
+            "and were tokenised here: their lengths in tokens may be others than the server's"
+        )
+
     def update(self, params: Any) -> None:
         """ValueError: a server's weights are its own."""
         raise ValueError(

@@ -19,6 +19,7 @@ from posttrain.sampling.request import Completion, OnDone, Request
 from posttrain.tasks import TASKS
 from posttrain.types import Prompt
 from tests.chat.samples import byte_tokenizer
+from tests.http_server import said, serving
 from tests.jobs.runs import Runner, finish, start_together
 
 SUMS = ["model.path=none", "task.type=arithmetic", "prompts=6", "n=4", "sampling.max_new_tokens=40"]
@@ -217,3 +218,24 @@ def test_two_processes_write_what_one_does(answered: tuple[Path, list[str]], tmp
     running = start_together([*keys, "mesh.fsdp=2", f"out={out}"], 2, 1, "rejection")
     assert finish(running) == [0, 0]
     assert rows_of(out) == rows_of(one)
+
+
+def test_a_server_may_answer(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """No weights are read: the folder is the server's tokenizer and template."""
+    byte_tokenizer(data_dir, ("<|im_end|>", "<|im_start|>"), "<|im_end|>").save(tmp_path)
+
+    def answer(number: int, body: dict) -> tuple[int, dict, dict]:
+        problem = body["messages"][-1]["content"].removeprefix("Work out ").split(".")[0]
+        return 200, said(f"It is {eval(problem)}."), {}
+
+    with serving(answer) as served:
+        server = [f"server.base_url={served.base_url}", "server.model=big", "server.api=chat"]
+        keys = [*SUMS, *server, f"model.path={tmp_path}", "chat.template=chatml"]
+        assert main(["rejection", *keys, f"out={tmp_path / 'a.jsonl'}"]) == 0
+        assert "24 of 24 answers came back as text alone" in capsys.readouterr().out
+        assert main(["evaluate", *keys, "prompts=3"]) == 0
+        assert "correct" in capsys.readouterr().out
+    assert len(served.asked) == 6 * 4 + 3 * 4
+    rows = rows_of(tmp_path / "a.jsonl")
+    assert [row["from"]["model"] for row in rows] == ["big"] * 6
+    assert all(row["reward"] == 1 for row in rows)
