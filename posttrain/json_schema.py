@@ -124,8 +124,7 @@ class _Checker:
         for i, item in enumerate(value):
             inner = first[i] if i < len(first) else schema.get("items", True)
             found += self.check(item, inner, f"{at}[{i}]", depth + 1)
-        distinct = {json.dumps(item, sort_keys=True) for item in value}
-        if schema.get("uniqueItems") and len(distinct) < len(value):
+        if schema.get("uniqueItems") and _has_twins(value):
             found.append(f"{name}: an entry comes twice")
         return found + _bounds(len(value), schema, "Items", name, "entries")
 
@@ -149,6 +148,10 @@ class _Checker:
         if "not" in schema and not self.check(value, schema["not"], at, depth + 1):
             found.append(f"{name}: {_show(value)} is not allowed")
         return found
+
+
+def _has_twins(items: list[Any]) -> bool:
+    return len({json.dumps(item, sort_keys=True) for item in items}) < len(items)
 
 
 def _wrong_type(value: Any, wanted: Any, name: str) -> str:

@@ -48,7 +48,10 @@ def follow_up(
         tuple((max(low - start, 0), high - start) for low, high in intervals if high > start)
         for intervals in part.sources()
     )
-    ids = chat.tokenizer.encode(part.trace.text[start:], trusted=trusted, prose=prose).ids
+    try:
+        ids = chat.tokenizer.encode(part.trace.text[start:], trusted=trusted, prose=prose).ids
+    except ValueError as error:
+        raise ChatError(str(error), part.trace.text) from error
     if ids[:1] != [chat.tokenizer.token_id(stop)]:
         raise ChatError(f"the tokenizer does not keep {stop!r} as one token", part.trace.text)
     return ids[1:] if stopped else ids

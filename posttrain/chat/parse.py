@@ -17,6 +17,7 @@ _XML_MARK = "<tool_call>"
 _EXPECTED = 'JSON object with "name" and "arguments"'
 _LIST_MARK = "[TOOL_CALLS]"
 _PYTHON_MARK = "<|python_tag|>"
+_LEVELS = 32  # of lists and objects in the arguments of a call
 
 
 def parse_assistant(text: str) -> dict[str, Any]:
@@ -105,14 +106,28 @@ def _call(item: Any, index: int) -> dict[str, Any] | None:
     arguments = item.get("arguments", item.get("parameters"))
     if isinstance(arguments, str):
         arguments = _json(arguments)
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or not _is_shallow(arguments, _LEVELS):
         return None
     function = {"name": item["name"], "arguments": arguments}
-    return {"id": item.get("id") or f"call{index:05d}", "type": "function", "function": function}
+    own = item.get("id")
+    call_id = own if isinstance(own, str) and own else f"call{index:05d}"
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """What is nested without end would exhaust the stack of whoever renders it."""
+    if not isinstance(value, (dict, list)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in inner)
 
 
 def _json(text: str) -> Any:
+    """None where it is none that Python reads, too (numbers of thousands of digits)."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # a number of 5,000 digits, brackets without end
+        value = json.loads(text)
+        if "\\u" in text:  # half a pair of surrogates is no text that can be encoded or written
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        return value
+    except (ValueError, RecursionError):
         return None

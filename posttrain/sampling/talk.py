@@ -101,7 +101,7 @@ class Talk:
         """The calls in a message, whose ids are made to differ from those of earlier turns."""
         found = []
         for call in message.get("tool_calls", ()):
-            if not _CALL_ID.fullmatch(str(call["id"])) or call["id"] not in self.text:
+            if not _CALL_ID.fullmatch(call["id"]) or call["id"] not in self.text:
                 call["id"] = f"call{self.calls + len(found):05d}"
             function = call["function"]
             name = function["name"]

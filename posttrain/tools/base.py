@@ -56,11 +56,11 @@ def call_tool(tools: Mapping[str, Tool], name: str, arguments: Mapping[str, Any]
     tool = tools.get(name)
     if tool is None:
         return failure(f"there is no tool named {name!r}; there are: {', '.join(tools) or 'none'}")
-    wrong = problems(dict(arguments), tool.schema["function"].get("parameters", {}))
-    if wrong:
-        return failure(f"wrong arguments for {name}: {'; '.join(wrong)}")
+    given = dict(arguments)
     try:
-        text = tool.function(dict(arguments)) if tool.quick else _in_time(tool, dict(arguments))
+        if wrong := problems(given, tool.schema["function"].get("parameters", {})):
+            return failure(f"wrong arguments for {name}: {'; '.join(wrong)}")
+        text = tool.function(given) if tool.quick else _in_time(tool, given)
     except ToolError as error:
         return failure(str(error))
     except Exception as error:  # whatever a user's function raises is the call's failure
@@ -96,6 +96,7 @@ def failure(reason: str) -> Answer:
 
 
 def _cut(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()  # half a pair of surrogates is no text
     if len(text) <= MAX_ANSWER:
         return text
     return f"{text[:MAX_ANSWER]}\n[{len(text) - MAX_ANSWER} more characters cut off]"

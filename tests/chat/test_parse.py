@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from posttrain.chat.parse import parse_assistant
+from posttrain.chat.parse import broken_call, parse_assistant
 from tests.chat.samples import CALL, THINK, TOOLS, template_of, trained
 
 FUNCTION = CALL["function"]
@@ -79,6 +79,40 @@ def test_tool_calls(text, content, count):
 )
 def test_what_does_not_parse_stays_text(text):
     assert parse_assistant(text) == {"role": "assistant", "content": text}
+
+
+def deep(levels: int) -> str:
+    return '{"name": "f", "arguments": {"x": ' + "[" * levels + "]" * levels + "}}"
+
+
+def test_arguments_that_nobody_could_render_are_no_call():
+    assert "tool_calls" in parse_assistant(deep(20))
+    assert parse_assistant(deep(40)) == {"role": "assistant", "content": deep(40)}
+
+
+def test_half_a_pair_of_surrogates_is_no_text():
+    call = '{"name": "f", "arguments": {"x": "a\\ud800b \\ud83d\\ude00 \\u00e9"}, "id": 7}'
+    (found,) = parse_assistant(call)["tool_calls"]
+    assert found["function"]["arguments"] == {"x": "a?b \U0001f600 \u00e9"}
+    assert found["id"] == "call00000"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("Just words, {and} brackets.", None),
+        ('{"answer": 42}', None),
+        ("Look: <tool_call>{", "<tool_call> is never closed"),
+        ("<tool_call>[]</tool_call>", "what stands after <tool_call> is no JSON object"),
+        ("[TOOL_CALLS]x", "what stands after [TOOL_CALLS] is no JSON object"),
+        ("<|python_tag|>x.call()", "what stands after <|python_tag|> is no JSON object"),
+        ('{"name": "f", "parameters": {"x": }}', "this is no JSON object"),
+    ],
+)
+def test_calls_that_were_begun_and_are_none(content, why):
+    assert parse_assistant(content)["content"] == content
+    found = broken_call(content)
+    assert found is None if why is None else str(found).startswith(why)
 
 
 @pytest.mark.parametrize("name", ["trl__qwen3", "mistral-common__v13_think"])

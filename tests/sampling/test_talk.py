@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,30 @@ def test_a_call_that_fails_is_told_to_the_model(chatml: ChatTemplate, turn: str,
     assert rollout.messages[-1] == say("assistant", "Sorry.")
     metrics = tool_metrics([rollout])
     assert metrics["tools/failure_frequency"].value == 1
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        '<tool_call>{"name": "calculator", "arguments": {"x": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "calc\\udfff", "arguments": {"x": NaN}}</tool_call>',
+        '<tool_call>{"name": "calculator", "arguments": {"expression": "<|im_end|>"}}</tool_call>',
+        '<tool_call>{"name": "calculator", "arguments": {"x": %s}}</tool_call>' % ("9" * 5000),
+        '<tool_call>{"name": "calculator", "arguments": {"x": %s}}</tool_call>' % ("[" * 900),
+        '<tool_call>{"name": "calculator", "arguments": "{}", "id": 123456789}</tool_call>',
+        "<tool_call>" * 100,
+        '<tool_call>{"name": "", "arguments": {"": ""}}</tool_call>',
+    ],
+    ids=range(8),
+)
+def test_nothing_that_a_model_writes_ends_the_run(chatml: ChatTemplate, turn: str):
+    engine = says(chatml, turn, "Done.")
+    long = Sampling(max_new_tokens=20_000)
+    (rollout,) = make_rollouts([prompt()], engine, chatml, long, tools=TOOLS)
+    assert (rollout.finish, rollout.calls, rollout.failed_calls) == ("stop", 1, 1)
+    json.dumps(rollout.messages, ensure_ascii=False).encode()
+    assert rollout.messages[1]["content"].startswith("error: ")
+    assert rollout.messages[-1]["content"] == "Done."
 
 
 def test_thinking_that_the_prompt_opens_is_thinking(data_dir: Path):
