@@ -132,8 +132,7 @@ def run_python(
         reason = "time"
     if ended is None and not reason:
         raise SandboxError("the supervisor of the program ended without a word: was it killed?")
-    seconds = time.monotonic() - began
-    return Ran(out, err, None if reason else ended, reason, seconds)
+    return Ran(out, err, None if reason else ended, reason, time.monotonic() - began)
 
 
 def _run(program: str, spec: Any, limits: Limits) -> tuple[str, str, dict[str, str], bool]:

@@ -51,6 +51,13 @@ REGISTRIES = {
     "advantages": (("ADVANTAGES",), {"base"}),
     "data/formats": (("FORMATS",), {"base"}),
     "tasks": (("TASKS",), {"base", "files"}),
+    "rewards": (
+        ("REWARDS",),
+        {
+            *{"base", "total", "scorer", "answers", "judging", "instructions", "languages"},
+            *{"math_pool", "math_worker"},
+        },
+    ),
     "doctor": (("CHECKS",), {"base"}),
     "tools": (("TOOLS",), {"base"}),
 }

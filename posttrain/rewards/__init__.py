@@ -13,7 +13,8 @@ from posttrain.rewards.code import Code
 from posttrain.rewards.exact import Exact
 from posttrain.rewards.ifeval import IFEval
 from posttrain.rewards.json_schema import JSONForm
-from posttrain.rewards.judge import Judge, JudgePairs
+from posttrain.rewards.judge import Judge
+from posttrain.rewards.judge_pairs import JudgePairs
 from posttrain.rewards.length import Length, Overlong
 from posttrain.rewards.math import Math
 from posttrain.rewards.numeric import Numeric

@@ -10,7 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from posttrain import openai_client
-from posttrain.rewards.judge import Judge, JudgePairs
+from posttrain.rewards import judging
+from posttrain.rewards.judge import Judge
+from posttrain.rewards.judge_pairs import JudgePairs
 from posttrain.rewards.scorer import RewardError, Scorer
 from tests.http_server import said, serving
 from tests.rewards.rollouts import rollout
@@ -83,6 +85,10 @@ def test_a_server_that_is_busy_and_answers_that_are_kept(tmp_path: Path):
         part = Judge.model_validate({"endpoint": endpoint})
         assert [part(rollout("x")), part(rollout("x"))] == [1.0, 1.0]
         assert len(served.asked) == 2
+
+
+def test_what_is_put_in_is_put_in_once():
+    assert judging.filled("{a} {b} {c}", a="{b}", b="x") == "{b} x {c}"
 
 
 def pairs(base_url: str, **settings: Any) -> JudgePairs:
