@@ -24,7 +24,9 @@ def transcript(prompt: Sequence[Message], answer: Sequence[Message] = ()) -> Ren
 
 
 def visible(text: str) -> str:
-    """Text without control characters (but newline and tab): it cannot steer a terminal."""
+    """Text without control characters (but newline and tab): it cannot steer a terminal. Half a
+    pair of surrogates, which no terminal takes, is written as its escape."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.chat.transcript import transcript, visible
 from posttrain.config import ConfigError
 
 Sort = Literal["order", "best", "worst", "spread"]
@@ -111,25 +112,23 @@ def _written(text: str) -> str:
 
 
 def show(console: Any, step: int, groups: Sequence[Group], most: int) -> None:
-    """The first `most` groups on a rich console; nothing of the text is taken for markup."""
+    """The first `most` groups on a rich console; nothing of the text is taken for markup, nor can
+    it steer the terminal."""
+    from rich.console import Group as Stack
     from rich.panel import Panel
     from rich.text import Text
 
     for group in groups[:most]:
         first = group.answers[0]
-        body = Text()
-        for message in first["prompt"]:
-            body.append(f"{message['role']}: ", style="bold")
-            body.append(said(message) + "\n")
+        parts: list[Any] = [transcript(first["prompt"])]
         if first.get("expected") is not None:
-            body.append(f"expected: {json.dumps(first['expected'], ensure_ascii=False)}\n", "cyan")
+            expected = json.dumps(first["expected"], ensure_ascii=False)
+            parts.append(Text(visible(f"expected: {expected}\n"), "cyan"))
         for answer in group.answers:
-            body.append(f"\n{figures(answer)}\n", style=_style(answer, group))
-            for message in answer["answer"]:
-                body.append(f"{message['role']}: ", style="dim")
-                body.append(said(message) + "\n")
+            parts.append(Text(visible(figures(answer)), _style(answer, group)))
+            parts.append(transcript((), answer["answer"]))
         title = f"step {step}, {first['prompt_id']}: mean reward {group.mean:.4g}"
-        console.print(Panel(body, title=Text(title), title_align="left"))
+        console.print(Panel(Stack(*parts), title=Text(visible(title)), title_align="left"))
     if len(groups) > most:
         console.print(f"{len(groups) - most} more groups: show=, sort=, or the page", markup=False)
 

@@ -14,7 +14,7 @@ from posttrain.report import rollouts as report
 from posttrain.train.rollout_log import write_rollouts
 from posttrain.types import Prompt, Rollout
 
-NASTY = "</pre><script>alert(1)</script> [bold]not markup[/bold] \ud800 & <b>"
+NASTY = "</pre><script>alert(1)</script> [bold]not markup[/bold] \ud800 & <b> \x1b[2J"
 
 
 def rollout(group: int, reward: float, text: str) -> Rollout:
@@ -73,7 +73,8 @@ def test_the_last_step_is_shown_and_all_are_on_the_page(
     for part in ("step 41", "reward 1 (correct 1, form -)", "advantage -0.500", "[bold]not mark"):
         assert part in said, part
     assert "log-prob -0.333 a token" in said
-    assert 'calculator({"expression": "1+2"})' in said
+    assert 'calculator(expression="1+2")' in said
+    assert "\x1b" not in said, "an answer cannot clear the terminal"
     assert "ended by length" in said
     text = (run / "rollouts.html").read_text(encoding="utf-8")
     tags = Tags(text)
