@@ -2,14 +2,10 @@
 
 It has no network, its own view of processes and files (Python and the system's libraries,
 read-only, and one folder of its own), an empty environment, and limits on time, memory, disk,
-output and the number of processes. That takes Linux 5.14 and leave to make namespaces: as root, or
-as a user where the system lets users make them. Where it cannot be had, nothing is run unless
-`allow_network` says that rlimits, a folder of its own and an empty environment will do.
-
-    ran = run_python("print(6 * 7)")
-    assert ran.ok and ran.stdout == "42\\n"
-
-It is about as strong as a container: a hole in the kernel is a hole in it.
+output and processes. That takes Linux 5.14 and leave to make namespaces: as root, or as a user
+where the system lets users make them. Where it cannot be had, nothing is run unless `allow_network`
+says that rlimits, a folder of its own and an empty environment will do. A hole in the kernel is a
+hole in it, as in a container.
 """
 
 from __future__ import annotations
@@ -100,7 +96,13 @@ def run_python(
     program, folders = _python()
     limits = limits or Limits()
     folder = tempfile.mkdtemp(prefix="posttrain-box-")
-    spec = limits.model_dump() | {
+    spec = {
+        "seconds": limits.seconds,
+        "cpu_seconds": limits.cpu_seconds,
+        "memory_mb": limits.memory_mb,
+        "disk_mb": limits.disk_mb,
+        "files": limits.files,
+        "processes": limits.processes,
         "code": code,
         "stdin": stdin,
         "allow_network": allow_network,
