@@ -143,25 +143,3 @@ def zscore(values: np.ndarray, groups: np.ndarray, scope: Scope) -> np.ndarray:
             spread = deviation(values[at])
             out[at] = (values[at] - values[at].mean()) / (spread + EPS) if spread else 0.0
     return out
-
-
-def metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What is logged of scored rollouts, by the names that TRL has.
-
-    reward, reward_std; of each part, as its reward gave it, rewards/<name>/{mean,std}, and
-    rewards/<name>/applied: the share of answers that it applied to. unscored: the share of answers
-    that no part applied to. What has no value is left out.
-    """
-    total = np.array([rollout.reward for rollout in rollouts], np.float64)
-    out: dict[str, float] = {}
-    if not np.isnan(total).all():
-        out = {"reward": float(np.nanmean(total)), "reward_std": deviation(total)}
-    out["unscored"] = float(np.isnan(total).mean()) if len(total) else 0.0
-    for name in dict.fromkeys(name for rollout in rollouts for name in rollout.rewards):
-        given = [value for r in rollouts if (value := r.rewards.get(name)) is not None]
-        if given:
-            values = np.array(given, np.float64)
-            out[f"rewards/{name}/mean"] = float(values.mean())
-            out[f"rewards/{name}/std"] = deviation(values)
-        out[f"rewards/{name}/applied"] = len(given) / len(rollouts)
-    return out

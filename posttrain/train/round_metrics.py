@@ -28,6 +28,8 @@ def round_metrics(rollouts: Sequence[Rollout], right: str) -> dict[str, float]:
     for name in names:
         parts = np.array([_value(rollout, name) for rollout in rollouts])
         parts = parts[~np.isnan(parts)]
+        if len(parts) < len(rollouts):
+            found[f"rewards/{name}/applied"] = len(parts) / len(rollouts)
         if len(parts):
             found[f"rewards/{name}/mean"] = float(parts.mean())
             found[f"rewards/{name}/std"] = float(parts.std(ddof=1)) if len(parts) > 1 else 0.0

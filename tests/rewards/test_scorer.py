@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from posttrain.config import ConfigError
@@ -13,7 +14,9 @@ from posttrain.rewards.base import Gate, HandedReward, ManyReward, Reward
 from posttrain.rewards.exact import Exact
 from posttrain.rewards.length import Length
 from posttrain.rewards.scorer import RewardError, Scorer
-from posttrain.rewards.total import Shaping, metrics
+from posttrain.rewards.think import Think
+from posttrain.rewards.total import Shaping
+from posttrain.train.round_metrics import round_metrics
 from posttrain.types import Rollout
 from tests.rewards.rollouts import rollout
 
@@ -131,18 +134,32 @@ def test_all_that_is_wrong_between_parts_at_once():
         Scorer({})
 
 
-def test_a_hackable_reward_shows_in_the_figures_of_its_parts():
-    """Length is paid for: answers grow, the sum rises, and the part that matters falls."""
+def test_a_hackable_reward_is_hacked_and_its_parts_show_it():
+    """Form and length are paid for too well. A policy over four ways to answer, reinforced by what
+    each way earned, ends with the way that is wrong: its sum rises, and `correct` falls to 0."""
     parts = {
         "correct": Exact(extract=r"\d+"),
+        "form": Think(weight=0.5),
         "longer": Length(per=1, unit="words", weight=-0.1),
         "elsewhere": Words(only=("no such task",)),
     }
-    honest = [rollout("the answer is 4", "4") for _ in range(4)]
-    padded = [rollout("well " * 30 + "perhaps 5", "4") for _ in range(4)]
-    with Scorer(parts) as scorer:
-        before, after = metrics(scorer(honest)), metrics(scorer(padded))
-    assert after["reward"] > before["reward"], "by its sum the policy has learned"
-    assert (before["rewards/correct/mean"], after["rewards/correct/mean"]) == (1.0, 0.0)
-    assert (before["rewards/longer/mean"], after["rewards/longer/mean"]) == (-4.0, -32.0)
-    assert before["rewards/elsewhere/applied"] == 0.0, "and a part that never applied is seen"
+    ways = ["4", "<think>2 + 2</think>4", "5", f"<think>{'well ' * 30}</think>5"]
+    chances = np.array([0.3, 0.4, 0.2, 0.1])
+    rng, seen = np.random.default_rng(0), []
+    with Scorer(parts, Shaping(threads=2)) as scorer:
+        for _ in range(12):
+            drawn = rng.choice(4, size=32, p=chances)
+            scored = scorer([rollout(ways[way], "4") for way in drawn])
+            seen.append(round_metrics(scored, "correct"))
+            earned = np.array([r.reward for r in scored])
+            gained = np.bincount(drawn, earned - earned.mean(), 4)
+            chances = chances * np.exp(gained / np.maximum(np.bincount(drawn, minlength=4), 1))
+            chances /= chances.sum()
+    first, last = seen[0], seen[-1]
+    assert last["reward"] > first["reward"] + 1, "by its sum the policy has learned"
+    assert first["rewards/correct/mean"] > 0.5
+    assert last["rewards/correct/mean"] < 0.05
+    assert last["rewards/form/mean"] > 0.95
+    assert last["rewards/longer/mean"] < 2 * first["rewards/longer/mean"] < 0
+    assert first["rewards/elsewhere/applied"] == 0.0, "and a part that never applied is seen"
+    assert "rewards/correct/applied" not in first

@@ -16,7 +16,6 @@ from posttrain.rewards.total import (
     combine,
     cosine_scaled,
     deviation,
-    metrics,
     zscore,
 )
 from posttrain.types import Rollout
@@ -60,19 +59,13 @@ def test_deviation_is_over_n_less_one_and_passes_over_what_is_missing():
     assert deviation(np.array([5.0, np.nan])) == 0.0
 
 
-def test_a_part_that_does_not_apply_is_left_out_of_the_sum_and_the_mean():
+def test_a_part_that_does_not_apply_is_left_out_of_the_sum():
     parts = {"a": part(), "b": part(weight=2.0)}
     values = [{"a": 1.0, "b": None}, {"a": 1.0, "b": 3.0}, {"a": None, "b": None}]
     given = [rollout("x", rewards=v) for v in values]
     scored = combine(parts, Shaping(), given)
     assert [r.reward for r in scored[:2]] == [1.0, 7.0]
     assert math.isnan(scored[2].reward), "nothing is known of it"
-    told = metrics(scored)
-    assert told["rewards/b/mean"] == 3.0
-    assert told["rewards/b/applied"] == pytest.approx(1 / 3)
-    assert told["unscored"] == pytest.approx(1 / 3)
-    assert told["reward"] == 4.0
-    assert told["reward_std"] == pytest.approx(np.std([1.0, 7.0], ddof=1))
 
 
 def test_correct_counts_only_if_the_format_holds():
