@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,13 +165,9 @@ def run(cfg: Config) -> int:
 
 def agreed(number: int) -> int:
     """What it is on process 0."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
+    from posttrain.train.answers import shared
 
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
+    return int(shared(lambda: str(number).encode()))
 
 
 def prompts_of(cfg: Answering) -> Sequence[Prompt]:
@@ -201,11 +198,6 @@ def open_answerer(cfg: Answering, prompts: Sequence[Prompt]) -> Answerer:
         tools = open_tools(cfg.tools, cfg.task.tools)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if tools and jax.process_count() > 1:
-        raise ConfigError(
-            f"tools.use: {', '.join(tools)}: each process would run them for itself, and nothing "
-            "makes sure that they hear the same: use one process"
-        )
     if cfg.server is not None:
         if jax.process_count() > 1:
             raise ConfigError("server: each process would ask it everything: use one process")
@@ -270,14 +262,16 @@ def each_prompt(
     from posttrain.rewards.scorer import Scorer
     from posttrain.sampling.groups import answer_all
     from posttrain.train.answer_scores import score_functions
+    from posttrain.train.answers import shared
 
     title = str(type(cfg).model_fields["job"].default)
     answers = tokens = 0
-    shown = done is not None
-    with (
-        Scorer(cfg.rewards, cfg.shaping, score_functions(cfg.rewards)) as scorer,
-        Progress(title, len(prompts), shown=shown) as bar,
-    ):
+    with ExitStack() as stack:
+        scorer = None
+        if done is not None:
+            functions = score_functions(cfg.rewards)
+            scorer = stack.enter_context(Scorer(cfg.rewards, cfg.shaping, functions))
+        bar = stack.enter_context(Progress(title, len(prompts), shown=done is not None))
 
         def one(index: int, rollouts: list[Rollout]) -> None:
             nonlocal answers, tokens
@@ -293,7 +287,7 @@ def each_prompt(
             to.chat,
             cfg.sampling,
             scorer,
-            one if done else None,
+            one,
             n=cfg.n,
             seed=cfg.seed,
             first=first,
@@ -301,6 +295,7 @@ def each_prompt(
             tools=to.tools,
             max_turns=cfg.tools.max_turns,
             context=to.context,
+            share=None if cfg.server else shared,
         )
     if isinstance(to.engine, RemoteEngine) and (line := to.engine.told()):
         print(line)

@@ -11,7 +11,7 @@ from posttrain.chat.template import ChatError, ChatTemplate
 from posttrain.config import ConfigError
 from posttrain.rewards.base import HandedReward, ManyReward
 from posttrain.rewards.scorer import Scorer, Scoring
-from posttrain.sampling.conversation import make_rollouts
+from posttrain.sampling.conversation import Share, make_rollouts
 from posttrain.sampling.request import RolloutEngine, Sampling
 from posttrain.tools import Tool
 from posttrain.types import Prompt, Rollout
@@ -54,8 +54,8 @@ def answer_all(
     engine: RolloutEngine,
     chat: ChatTemplate,
     sampling: Sampling,
-    scorer: Scorer,
-    on_group: Callable[[int, list[Rollout]], None] | None,
+    scorer: Scorer | None,
+    on_group: Callable[[int, list[Rollout]], None],
     *,
     n: int,
     seed: int,
@@ -64,17 +64,19 @@ def answer_all(
     tools: Mapping[str, Tool] | None = None,
     max_turns: int = 8,
     context: int | None = None,
+    share: Share | None = None,
 ) -> None:
     """Calls on_group(i, the n scored answers to prompts[i]) for i = first, first + 1, ...
 
     at_once: prompts that are handed to the engine together. Each prompt's answers and rewards are
     the same whatever it is, and wherever one begins: the scorer is asked about one prompt at a
     time, and rewards that judge many answers at once about as many as are handed over together.
-    on_group None: nothing is judged, as on the processes beside the one that judges.
+    scorer None: nothing is judged or told, as on the processes beside the one that judges. share:
+    as make_rollouts takes it.
     """
     for begin in range(first, len(prompts), at_once):
         chunk = [prompts[i] for i in range(begin, min(begin + at_once, len(prompts)))]
-        under_way = _Chunk(scorer, begin, len(chunk), n, on_group) if on_group else None
+        under_way = _Chunk(scorer, begin, len(chunk), n, on_group) if scorer else None
         make_rollouts(
             chunk,
             engine,
@@ -86,6 +88,7 @@ def answer_all(
             max_turns=max_turns,
             context=context,
             on_rollout=under_way.judge if under_way else None,
+            share=share,
         )
         if under_way:
             under_way.finish()
