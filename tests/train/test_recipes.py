@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from posttrain.losses.cispo import CISPO
 from posttrain.train.first_lines import policy_lines
 from posttrain.train.recipes import RECIPES
 
+PAGE = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
 BASE = ["model.path=m", "task.type=countdown"]
 
 
@@ -24,6 +26,8 @@ def config(*overrides: str) -> Config:
 def test_a_recipe_is_a_config(name: str) -> None:
     recipe, made = RECIPES[name], plain_dict(config(f"preset={name}"))
     assert re.fullmatch(r"\d{4}\.\d{5}", recipe.paper)
+    assert f"| `{name}` |" in PAGE
+    assert recipe.paper in PAGE
     for section, keys in recipe.keys.items():
         assert made[section] is not None
         for key, value in keys.items():
