@@ -128,7 +128,7 @@ def run_python(
         )
     if "error" in told:
         raise SandboxError(f"the program could not be started: {told['error']}")
-    reason: Any = "output" if passed else told.get("reason", "")
+    reason: Any = "output" if passed else told.get("reason", "").replace("asked", "time")
     ended = int(told["exit"]) if "exit" in told else None
     if ended == -signal.SIGXCPU:
         reason = "time"
@@ -140,34 +140,28 @@ def run_python(
 def _run(program: str, spec: Any, limits: Limits) -> tuple[str, str, dict[str, str], bool]:
     """(stdout, stderr, what the supervisor told, whether the output passed its limit)."""
     report, write_end = os.pipe()
-    try:
-        child = subprocess.Popen(
-            [program, "-I", "-S", "-B", str(Path(sandbox_child.__file__)), str(write_end)],
-            stdin=spec,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(write_end,),
-            start_new_session=True,
-            env={},
-            cwd="/",
-        )
-    finally:
-        os.close(write_end)
-    try:
-        texts, passed = _read(child, limits)
-        child.wait()
-        told: dict[str, str] = {}
-        with os.fdopen(report, "rb") as file:
-            for line in file.read().decode("utf-8", "replace").splitlines():
-                name, _, value = line.partition(" ")
-                told[name] = value
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        for pipe in (child.stdout, child.stderr):
-            assert pipe is not None
-            pipe.close()
+    with os.fdopen(report, "rb") as lines:
+        try:
+            child = subprocess.Popen(
+                [program, "-I", "-S", "-B", str(Path(sandbox_child.__file__)), str(write_end)],
+                stdin=spec,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(write_end,),
+                start_new_session=True,
+                env={},
+                cwd="/",
+            )
+        finally:
+            os.close(write_end)
+        with child:
+            try:
+                texts, passed = _read(child, limits)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+        said = [line.partition(" ") for line in lines.read().decode().splitlines()]
+        told = {name: value for name, _, value in said}
     out, err = (bytes(text).decode("utf-8", "replace") for text in texts)
     return out, err, told, passed
 

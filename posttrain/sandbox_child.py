@@ -160,6 +160,7 @@ def run_program(spec: dict[str, Any], own: int | None, folder: str, report: int)
             limit(name, (value, value))
         limit(resource.RLIMIT_CPU, (spec["cpu_seconds"], spec["cpu_seconds"] + 1))
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user has undone it
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.set_inheritable(report, False)
         # as -I, which would pass over the fixed hash seed too: the environment is ours anyway

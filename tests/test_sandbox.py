@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -147,6 +148,23 @@ def test_killing_the_parent():
     assert "ProcessLookupError" in ran.stderr
     ran = run("import os\nos.kill(-1, 9)\nprint('here')")
     assert "Error" in ran.stderr or ran.stdout == "here\n"
+
+
+def test_it_ends_with_its_parent():
+    """Of a killed run nothing is left behind that computes."""
+    for more in ("", ", allow_network=True, namespaces=False"):
+        script = (
+            "from posttrain.sandbox import run_python, Limits\n"
+            f"run_python('while True: pass', limits=Limits(seconds=60, cpu_seconds=60){more})"
+        )
+        with subprocess.Popen([sys.executable, "-c", script]) as parent:
+            below: list[psutil.Process] = []
+            while len(below) < (2 if more else 3):
+                time.sleep(0.05)
+                below = psutil.Process(parent.pid).children(recursive=True)
+            parent.kill()
+        _, alive = psutil.wait_procs(below, timeout=20)
+        assert not alive
 
 
 def test_printing_for_ever():
