@@ -13,9 +13,9 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.run
 	$(BIN)/posttrain demo
 
-# compiled without optimisation: tests compile much and run little
+# compiled with little optimisation: tests compile much and run little
 test: $(VENV)/.dev
-	XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)" \
+	XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)" \
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 parity: $(VENV)/.parity
