@@ -76,8 +76,8 @@ class Config(Section):
     rl_steps: int = semantic(50, gt=0, help="rounds of learning online, a training step each")
     rl_prompts: int = semantic(32, gt=0, help="sums of a round")
     rl_answers: int = semantic(8, ge=2, help="answers to each")
-    rl_lr: float = semantic(3e-4, gt=0, help="peak learning rate there")
-    kl: float = semantic(0.01, ge=0, help="weight of the KL to the model of the stage before")
+    rl_lr: float = semantic(2e-4, gt=0, help="peak learning rate there")
+    kl: float = semantic(0.03, ge=0, help="weight of the KL to the model of the stage before")
     probes: int = runtime(64, gt=0, help="held-out questions of each kind and form")
     temperatures: tuple[Annotated[float, Field(ge=0)], ...] = runtime(
         (0.7, 1.0), min_length=1, help="of the measured answers; the first is shown in examples"
