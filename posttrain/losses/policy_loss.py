@@ -14,7 +14,7 @@ from posttrain.config import Config, semantic
 from posttrain.losses.correction import Correction
 from posttrain.losses.nll import source_of_tokens
 from posttrain.losses.policy_tokens import Aggregate, PolicyTokens, aggregated, policy_tokens
-from posttrain.types import Batch, Terms, TokenOutputs
+from posttrain.types import Batch, Mean, Terms, TokenOutputs
 
 
 class PolicyLoss(Config):
@@ -50,17 +50,19 @@ class PolicyLoss(Config):
         """A term per token, [B, T].
 
         Metrics, over trained tokens: entropy; policy/approxkl_avg (TRL's PPO), half the mean square
-        of log p - log p_old; what `correction` and the loss note.
+        of log p - log p_old; loss/policy_avg (likewise), the loss without entropy bonus and KL;
+        what `correction` and the loss note.
         """
         tokens = policy_tokens(outputs, batch)
+        weights, count = aggregated(tokens, self.aggregate, self.length)
         factors, metrics = self.correction.factors(tokens)
         values = factors * self.per_token(tokens)
-        if self.entropy_coef:
-            values -= self.entropy_coef * outputs.entropy
         metrics |= {
             "entropy": tokens.mean(outputs.entropy),
             "policy/approxkl_avg": tokens.mean(0.5 * (tokens.logps - tokens.old_logps) ** 2),
+            "loss/policy_avg": Mean((values * weights).sum(), count.sum()),
             **self.noted(tokens),
         }
-        weights, count = aggregated(tokens, self.aggregate, self.length)
+        if self.entropy_coef:
+            values -= self.entropy_coef * outputs.entropy
         return Terms(values, weights, source_of_tokens(batch), metrics, count)

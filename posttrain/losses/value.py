@@ -30,8 +30,9 @@ class SquaredError(Config):
     def __call__(self, outputs: TokenOutputs, batch: Batch) -> Terms:
         """A term per token, [B, T]; returns and (with a clip) old_values of the batch.
 
-        Metrics, over trained tokens: val/clipfrac_avg (TRL), share of them where the clipped square
-        is the greater; values/mean and returns/mean; values/error, mean of (V - R)^2.
+        Metrics, over trained tokens: loss/value_avg (TRL's PPO), this loss; val/clipfrac_avg
+        (likewise), share of them where the clipped square is the greater; values/mean and
+        returns/mean; values/error, mean of (V - R)^2.
         """
         trained = (batch.loss_weights > 0).astype(jnp.float32)
         values: Float[Array, "B T"] = outputs.values
@@ -39,12 +40,13 @@ class SquaredError(Config):
         if self.clip is not None:
             near = batch.old_values + (values - batch.old_values).clip(-self.clip, self.clip)
             cut = (near - batch.returns) ** 2
+        terms = jnp.maximum(squares, cut) / 2
         of_tokens = {
+            "loss/value_avg": terms,
             "val/clipfrac_avg": (cut > squares).astype(jnp.float32),
             "values/mean": values,
             "values/error": squares,
             "returns/mean": batch.returns,
         }
         metrics = {k: Mean((x * trained).sum(), trained.sum()) for k, x in of_tokens.items()}
-        terms = jnp.maximum(squares, cut) / 2
         return Terms(terms, trained, source_of_tokens(batch), metrics)

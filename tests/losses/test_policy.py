@@ -163,7 +163,8 @@ def value_of(metric: Mean) -> float:
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_metrics(level: Any) -> None:
     batch, outputs = rollouts()
-    loss = Clip(ratio=level, low=0.1, high=0.2, correction=Correction(level=level, high=1.2))
+    correction = Correction(level=level, high=1.2)
+    loss = Clip(ratio=level, low=0.1, high=0.2, correction=correction, entropy_coef=0.2)
     metrics = Objective(loss, KL(coef=0.1, unbiased=False))(outputs, batch).metrics
     answers, logps = answers_of(batch, outputs), np.asarray(outputs.logps, np.float64)
 
@@ -186,7 +187,9 @@ def test_metrics(level: Any) -> None:
     w = all_of(lambda a: weights_of(loss.correction, a))
     apart = everywhere(lambda a: np.abs(a.old - a.sampled))
     d = everywhere(lambda a: a.of(logps) - a.reference)
+    policy_alone = loss.model_copy(update={"entropy_coef": 0})
     want = {
+        "loss/policy_avg": loss_of(policy_alone, NO_KL, answers, logps),
         "entropy": everywhere(lambda a: a.entropy).mean(),
         "kl": (np.exp(-d) - 1 + d).mean(),
         "policy/approxkl_avg": everywhere(lambda a: 0.5 * (a.of(logps) - a.old) ** 2).mean(),
@@ -277,6 +280,7 @@ def test_the_critics_loss(clip: float | None) -> None:
     total = (terms.values * terms.weights).sum() / terms.weights.sum()
     assert float(total) == pytest.approx(np.mean(losses), rel=1e-5)
     assert value_of(terms.metrics["val/clipfrac_avg"]) == pytest.approx(cut / len(losses))
+    assert value_of(terms.metrics["loss/value_avg"]) == pytest.approx(float(total))
     error = ((values - returns)[trained] ** 2).mean()
     assert value_of(terms.metrics["values/error"]) == pytest.approx(error, rel=1e-5)
     assert value_of(terms.metrics["returns/mean"]) == pytest.approx(

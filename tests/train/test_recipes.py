@@ -11,6 +11,8 @@ import pytest
 from posttrain.config import load, plain_dict
 from posttrain.jobs.rl import Config
 from posttrain.losses.cispo import CISPO
+from posttrain.losses.policy_loss import PolicyLoss
+from posttrain.losses.policy_tokens import PolicyTokens
 from posttrain.train.first_lines import policy_lines
 from posttrain.train.recipes import RECIPES
 
@@ -41,6 +43,19 @@ def test_what_the_user_sets_goes_before_the_recipe() -> None:
     other: Any = config("preset=dapo", "loss.type=cispo")
     assert isinstance(other.loss, CISPO)
     assert other.loss.high == CISPO().high
+
+
+class Own(PolicyLoss):
+    """A loss from outside the tree: a file and a method."""
+
+    def per_token(self, tokens: PolicyTokens) -> Any:
+        return -tokens.advantages * tokens.logps
+
+
+def test_a_loss_of_ones_own() -> None:
+    made = config("preset=grpo", "loss.type=tests.train.test_recipes:Own", "loss.entropy_coef=0.1")
+    assert type(made.loss).__name__ == "Own"
+    assert made.loss.entropy_coef == 0.1
 
 
 def test_dapo_punishes_answers_near_the_limit() -> None:
