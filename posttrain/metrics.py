@@ -150,7 +150,9 @@ def _set_aside(path: Path, last_step: int) -> None:
     keep, rest = [], []
     for line in lines:
         try:
-            (keep if json.loads(line)["step"] <= last_step else rest).append(line)
+            # a run that begins anew makes the line of step 0 again, too
+            known = bool(last_step) and json.loads(line)["step"] <= last_step
+            (keep if known else rest).append(line)
         except (ValueError, KeyError):  # a line cut short when its process was killed
             rest.append(line)
     if not rest:

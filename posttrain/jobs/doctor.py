@@ -28,7 +28,7 @@ from posttrain.data.config import DataConfig, Sources
 from posttrain.metrics import LogConfig
 from posttrain.sharding import DistributedConfig, MeshConfig, init_distributed
 
-ACCEPTS = {"sft": {}, "preference": {}, "reward_model": {}}
+ACCEPTS = {"sft": {}, "preference": {}, "reward_model": {}, "rl": {}}
 # pydantic's own `json` is a name it has given up: here it is a key of the config
 warnings.filterwarnings("ignore", 'Field name "json" in "Config" shadows', UserWarning)
 

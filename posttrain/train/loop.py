@@ -243,10 +243,13 @@ class _Reporter:
             if not math.isfinite(flat.get(name, math.nan)):
                 last = run.checkpoints.latest()
                 saved = "there is no checkpoint" if last is None else f"checkpoint {last} stands"
+                look = f"data preview CONFIG.yaml preview.step={step.number - 1}"
+                if told.apart is not None:
+                    look = f"report rollouts {run.folder}"
                 raise FloatingPointError(
                     f"step {step.number}: {name} is {flat.get(name)}; nothing of it was saved, "
                     f"{saved}. Lower optim.lr, or look at the step's examples with `posttrain "
-                    f"data preview CONFIG.yaml preview.step={step.number - 1}`"
+                    f"{look}`"
                 )
 
     def _memory(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import ClassVar
 
@@ -35,12 +36,19 @@ def share(rollout: Rollout) -> float:
     return float((sampled < 3200).mean()) if len(sampled) else 0.0
 
 
-def long_alone(rollout: Rollout) -> float | None:
-    """Judges the answers of even length alone."""
-    return None if rollout.length % 2 else 1.0
+def half_of_them(rollout: Rollout) -> float | None:
+    """Judges those answers alone whose ids have an even sum."""
+    return None if rollout.tokens.sum() % 2 else share(rollout)
 
 
 def flat_or_not(rollout: Rollout) -> float:
     """The same for all answers to a prompt with an even number; else `share`."""
     number = int(str(rollout.prompt.messages[-1]["content"]).split()[-1])
     return share(rollout) if number % 2 else 0.5
+
+
+def share_told(rollout: Rollout) -> float:
+    """`share`, which leaves the number of its process in the file that TOLD names."""
+    with open(os.environ["TOLD"], "a", encoding="utf-8") as file:
+        file.write(f"{os.getpid()}\n")
+    return share(rollout)

@@ -192,7 +192,7 @@ def test_wrong_keys_exit_with_2(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("run", [p for folder in ("sft", "preference", "reward_model")
+@pytest.mark.parametrize("run", [p for folder in ("sft", "preference", "reward_model", "rl")
                                  for p in sorted((CONFIGS / folder).glob("*.yaml"))],
                          ids=lambda path: path.stem)  # fmt: skip
 def test_a_runs_config_is_taken_as_it_is(run: Path) -> None:
