@@ -71,7 +71,7 @@ class Config(Section):
     task: Annotated[Task, _TASK] = semantic(help="the prompts, and what their answers should be")
     tools: ToolsConfig = semantic(ToolsConfig(), help="what the model may call")
     sampling: Sampling = semantic(Sampling(), help="how answers are drawn")
-    rewards: RewardParts = semantic(help="name -> {type, weight, ...}; none = the task's own")
+    rewards: RewardParts = semantic({}, help="name -> {type, weight, ...}; none = the task's own")
     shaping: Shaping = semantic(Shaping(), help="how the parts become one reward")
     round: RoundConfig = semantic(RoundConfig(), help="what one round holds")
     advantage: Annotated[Advantage, variant(ADVANTAGES, "grpo")] = semantic(
@@ -106,13 +106,19 @@ class Config(Section):
         if not isinstance(given, Mapping):
             return given
         filled = dict(given)
-        if filled.get("rewards") is None and (task := _task_of(filled.get("task"))) is not None:
-            filled["rewards"] = {name: dict(part) for name, part in task.rewards.items()}
-        if (recipe := RECIPES.get(filled.get("preset") or "")) is not None:
-            for section, keys in recipe.keys.items():
-                filled[section] = _under(filled.get(section), keys)
-            if isinstance(parts := filled.get("rewards"), Mapping):
-                filled["rewards"] = {**parts, **recipe.parts(_longest(filled)), **parts}
+        recipe = RECIPES.get(filled.get("preset") or "")
+        added = recipe.parts(_longest(filled)) if recipe else {}
+        parts = filled.get("rewards") or {}
+        if isinstance(parts, Mapping):
+            named = {**parts}
+            if not {*named} - {*added} and (task := _task_of(filled.get("task"))) is not None:
+                named = {**{name: dict(part) for name, part in task.rewards.items()}, **named}
+            filled["rewards"] = {
+                **named,
+                **{name: _under(named.get(name), keys) for name, keys in added.items()},
+            }
+        for section, keys in recipe.keys.items() if recipe else ():
+            filled[section] = _under(filled.get(section), keys)
         return filled
 
     @model_validator(mode="after")

@@ -134,6 +134,9 @@ def test_a_preset_fills_what_is_not_set_and_the_resolved_config_says_all_of_it(
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(config.resolved_yaml(cfg))
     assert config.load(rl.Config, [resolved]) == cfg
+    short = config.load(rl.Config, [], [*given, "rewards.overlong.cache=7"])
+    assert set(short.rewards) == set(cfg.rewards), "a key of its part is set beside the task's"
+    assert short.rewards["overlong"].model_dump()["cache"] == 7
     other = config.load(rl.Config, [], [*given[:3], "loss.type=cispo"])
     assert other.loss == CISPO(), "nothing of a recipe's loss is in one of another type"
 
