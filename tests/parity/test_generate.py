@@ -59,11 +59,11 @@ class Case:
         return Engine(nnx.merge(opened.graph, opened.state), slots=slots, length=300)
 
     def ties(self, found: list[list[int]]) -> int:
-        """How many texts differ, each from a tie on."""
+        """How many texts, of the first prompts, differ, each from a tie on."""
         import torch
 
         count = 0
-        for prompt, ours, theirs in zip(self.prompts, found, self.want, strict=False):  # of the first prompts
+        for prompt, ours, theirs in zip(self.prompts, found, self.want, strict=False):
             assert len(ours) == len(theirs) == self.tokens
             if ours == theirs:
                 continue
