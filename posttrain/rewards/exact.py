@@ -12,11 +12,14 @@ from posttrain.rewards.base import Reward, answer_text, expected
 from posttrain.rewards.regex import Pattern
 from posttrain.types import Rollout
 
+_WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
+
 
 class Exact(Reward):
     r"""1 where the answer is the right one, letter by letter; else 0.
 
-    The answer is what `extract` finds; else what the last \boxed{} holds; else the whole text.
+    The answer is what `extract` finds; else what the last \boxed{} holds, of \text{...} the words;
+    else the whole text.
     Several right answers may be given as a list. None: the prompt has no right answer.
     """
 
@@ -35,7 +38,8 @@ class Exact(Reward):
         if self.extract is not None:
             text = last_match(self.extract, text)
         elif (boxed := last_boxed(text)) is not None:
-            text = boxed
+            worded = _WORDS.fullmatch(boxed)
+            text = worded[1] if worded else boxed
         if text is None:
             return 0.0
         accepted = right if isinstance(right, list) else [right]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 from posttrain.rewards import math_worker
 from posttrain.rewards.answers import final_number, last_boxed, number
 from posttrain.rewards.math import Math
-from posttrain.rewards.math_pool import Pool
+from posttrain.rewards.math_pool import Pool, pool_of
 from posttrain.rewards.numeric import Numeric
 from posttrain.rewards.think import Think
 from tests.rewards.rollouts import rollout
@@ -88,8 +90,6 @@ def test_numeric():
 
 def test_answers_of_gsm8k_are_numbers(data_dir):
     """Its own solutions are right by this reward, and each is wrong for the next problem."""
-    import json
-
     lines = (data_dir / "data/gsm8k/test_first500.jsonl").read_text().splitlines()
     solutions = [json.loads(line)["answer"] for line in lines]
     values = [text.rpartition("####")[2].strip() for text in solutions]
@@ -152,6 +152,16 @@ def test_math_in_threads():
     assert list(got) == [value for *_, value in CASES]
     assert part(rollout("4")) is None
     assert Math(boxed=True, workers=1)(rollout("it is $4$", "4")) == 0.0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="the extra math")
+def test_answers_of_math_are_their_own_and_no_other_s(data_dir):
+    lines = (data_dir / "data/math/math_test_minus_math500.jsonl").read_text().splitlines()[::75]
+    golds = [last_boxed(json.loads(line)["solution"]) or "" for line in lines]
+    pool = pool_of(1)
+    for gold, other in itertools.pairwise(golds):
+        assert pool.equal(gold, f"\\boxed{{{gold}}}", 5) == 1.0, gold
+        assert pool.equal(gold, f"\\boxed{{{other}}}", 5) == float(gold == other), (gold, other)
 
 
 def test_math_without_its_extra(monkeypatch: pytest.MonkeyPatch):

@@ -31,6 +31,8 @@ from tests.rewards.rollouts import rollout
         ({}, "4", None, None),
         ({}, r"B looks right, but it is \boxed{C}.", "C", 1.0),
         ({}, r"C? \boxed{B}", "C", 0.0),
+        ({}, r"\boxed{\text{New York}}", "New York", 1.0),
+        ({}, r"\boxed{\text{B} or \text{C}}", "C", 0.0),
         ({}, "<think>it is 5</think>4", "4", 1.0),
         ({}, "<think>it is 4", "4", 0.0),
     ],
