@@ -34,9 +34,8 @@ def round_metrics(rollouts: Sequence[Rollout], right: str) -> dict[str, float]:
             found[f"rewards/{name}/mean"] = float(parts.mean())
             found[f"rewards/{name}/std"] = float(parts.std(ddof=1)) if len(parts) > 1 else 0.0
     found |= _lengths(rollouts, right)
-    tools = tool_metrics(rollouts)
-    if any(rollout.calls for rollout in rollouts):
-        found |= {name: float(mean.value) for name, mean in tools.items()}
+    if any(rollout.prompt.tools for rollout in rollouts):  # calls that come to an end are seen, too
+        found |= {name: float(mean.value) for name, mean in tool_metrics(rollouts).items()}
     return {name: value for name, value in found.items() if not np.isnan(value)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -40,6 +41,17 @@ def test_rewards_by_part_and_by_group() -> None:
     assert found["rewards/form/mean"] == pytest.approx(2 / 3), "None has no part in it"
     assert found["frac_unscored"] == 0
     assert "tools/call_frequency" not in found
+
+
+def test_tools_that_are_offered_and_not_called_are_reported() -> None:
+    offered = Prompt("p", (), tools=({"function": {"name": "calculator"}},))
+    rollouts = [dataclasses.replace(r, prompt=offered) for r in ROLLOUTS]
+    found = round_metrics(rollouts, "correct")
+    assert found["tools/call_frequency"] == 0
+    assert "tools/failure_frequency" not in found, "of no calls"
+    rollouts[0] = dataclasses.replace(rollouts[0], calls=2, failed_calls=1)
+    found = round_metrics(rollouts, "correct")
+    assert (found["tools/call_frequency"], found["tools/failure_frequency"]) == (0.5, 0.5)
 
 
 def test_lengths_of_right_and_of_wrong_answers() -> None:
