@@ -1,8 +1,8 @@
 """The keys and values of what a layer has read, and the attention of one token more to them.
 
-A cache holds keys and values in pieces [B, K, s, H], each as long as all before it: what lies
-beyond the longest sequence is not looked at, and no piece is copied to be looked at. A layer that
-sees a window keeps that alone, as a ring: position p lies in slot p mod S.
+A cache holds keys and values in pieces [B, K, s, H] that grow with what lies before them: pieces
+beyond the longest sequence are not looked at, and none is copied to be looked at. A layer that sees
+a window keeps that alone, as a ring: position p lies in slot p mod S.
 Shape suffixes: B rows, P positions, S slots, N query heads, K key/value heads, G query heads of a
 key head, H head_dim.
 """
@@ -36,10 +36,11 @@ def cache_slots(length: int, window: int | None) -> int:
 
 
 def cut(slots: int) -> list[tuple[int, int]]:
-    """(first slot, size) of the pieces of a cache."""
+    """(first slot, size) of the pieces of a cache: from 4 * CHUNK on two for every doubling."""
     found, start = [], 0
     while start < slots:
-        size = min(max(CHUNK, start), slots - start)
+        half = 1 << max(start.bit_length() - 2, 0)
+        size = min(max(CHUNK, half), slots - start)
         found.append((start, size))
         start += size
     return found
