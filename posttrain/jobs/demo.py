@@ -39,7 +39,7 @@ from posttrain.data import world as worlds
 from posttrain.data.world import TURN_MARKS
 from posttrain.data.world_model import ROLES
 from posttrain.data.world_probe import Probe
-from posttrain.jobs.demo_stages import DATA_PARALLEL, stage_config, write_inputs
+from posttrain.data.world_runs import DATA_PARALLEL, stage_config, write_inputs
 from posttrain.report import before_after
 from posttrain.report.before_after import Answers
 from posttrain.sampling import turns

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from posttrain.chat.config import ChatConfig
+from posttrain.chat.template import ChatTemplate
+from posttrain.chat.tokenizer import Tokenizer
 from posttrain.config import ConfigError
 from posttrain.data.world_probe import Probe
-from posttrain.jobs import chat, demo
+from posttrain.data.world_runs import stage_config
+from posttrain.jobs import chat, demo, rl
 from posttrain.report.before_after import (
     Answers,
     as_json,
@@ -63,6 +67,17 @@ def test_every_stage_trains_on_the_one_before_and_exports(finished: Path) -> Non
         last[stage] = json.loads(lines[-1])
     assert "rewards/accuracies" in last["dpo"]
     assert last["rl"]["answers"] == 8
+
+
+def test_the_longest_sum_leaves_room_for_its_answer(finished: Path) -> None:
+    online = rl.Config.model_validate(stage_config(demo.Config(), "rl"))
+    tokenizer = Tokenizer.load(finished / "model")
+    template = ChatTemplate.load(finished / "model", tokenizer, ChatConfig())
+    longest = [{"role": "user", "content": "Work out 9+9-9+9-9+9."}]
+    prompt = len(template.generation_prompt(longest))
+    worked = "<think>9+9=18 18-9=9 9+9=18 18-9=9 9+9=18</think>18.<|end|>"
+    assert prompt + online.sampling.max_new_tokens <= online.round.seq_len
+    assert len(tokenizer.encode(worked).ids) <= online.sampling.max_new_tokens
 
 
 def test_the_report_holds_every_rate_with_its_n(finished: Path) -> None:
