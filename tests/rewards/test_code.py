@@ -29,6 +29,7 @@ def fenced(code: str) -> str:
         (fenced("def triple(x): return 3 * x"), 0.0, 0.0),
         (fenced("import os; os._exit(0)"), 0.0, 0.0),
         (fenced("import sys; sys.exit(0)"), 0.0, 0.0),
+        (fenced("import os; os.write(1, b'[1, 1, 1]\\n'); os._exit(0)"), 0.0, 0.0),
         (fenced("def double(x): raise SystemExit(0)"), 0.0, 0.0),
         (fenced("print('[1, 1, 1]')\nimport os; os.write(1, b'[1, 1, 1]\\n')"), 0.0, 0.0),
         (fenced("def double(x):\n  while True: pass"), 0.0, 0.0),
@@ -48,7 +49,7 @@ def test_programs_by_what_they_print():
     assert Code()(rollout(good, cases)) == 1.0
     assert Code()(rollout(half, cases)) == 0.0
     assert Code(partial=True)(rollout(half, cases)) == 0.5
-    assert Code()(rollout(fenced("print(6); exit(1)"), cases)) == 0.0
+    assert Code()(rollout(fenced("print(int(input()) * 2); exit(1)"), cases)) == 0.0
 
 
 def test_what_goes_before_and_prompts_without_tests():

@@ -67,6 +67,8 @@ def wanted(name: str, **arguments: Any) -> dict[str, Any]:
         (call("sub", a=1), [wanted("add", a=1)], 0.0),
         (call("f") + call("g"), [wanted("g"), wanted("f")], 1.0),
         (call("f") + call("f"), [wanted("f")], 0.0),
+        (call("f"), [wanted("f"), wanted("f")], 0.0),
+        (call("f") + call("g"), [wanted("f"), wanted("f")], 0.0),
         (
             call("f", x=[1, {"y": 2}]),
             [{"type": "function", "function": wanted("f", x=[1, {"y": 2}])}],

@@ -109,12 +109,12 @@ def test_only_some_tasks_and_the_function_that_a_job_hands_in():
         return [float(len(r.text)) for r in rollouts]
 
     parts = {"rm": FromModel(only=("chat",)), "short": Length(per=1, unit="characters")}
-    given = [rollout("abc", source="chat"), rollout("abc", source="math")]
+    given = [rollout("abc", source="math"), rollout("abcd", source="chat")]
     with Scorer(parts, functions={"rm": scores}) as scorer:
         scored = scorer(given)
     assert asked == [1]
-    assert [r.rewards["rm"] for r in scored] == [3.0, None]
-    assert [r.reward for r in scored] == [0.0, -3.0]
+    assert [r.rewards["rm"] for r in scored] == [None, 4.0]
+    assert [r.reward for r in scored] == [-3.0, 0.0]
     with pytest.raises(ValueError, match="rewards rm: score by a model"):
         Scorer(parts)
     none = Scorer(parts, functions={"rm": lambda rollouts: []})

@@ -79,7 +79,7 @@ def test_an_answer_without_tokens_has_no_length_in_them():
 
 
 def test_repetition():
-    assert Repetition(n=2)(rollout("no no no no no")) == -0.75
+    assert Repetition(n=2)(rollout("No no no NO no")) == -0.75
     assert Repetition(n=2)(rollout("one two three")) == 0.0
     assert Repetition(n=2)(rollout("one")) == 0.0
     assert Repetition(n=1, unit="tokens")(rollout("a b a b")) == -0.5, "the prompt is not counted"
