@@ -12,7 +12,7 @@ sum, and what a system prompt asks for to any other form. Both answers of a pair
 value: only their form differs.
 
 What is rewarded. Asked for a sum without a system prompt, the conversations work it out in every
-fifth answer, at random, and else say the result at once, which the model mostly gets wrong. The
+tenth answer, at random, and else say the result at once, which the model mostly gets wrong. The
 prompts of `write_sums` know the result alone: that working it out is what helps is left to find.
 
 Trained and held out. A question has a *key*: the sum itself, or for a fact the system prompt, the
@@ -89,7 +89,7 @@ THINK = "Think first."
 SYSTEM_PROMPTS = STYLES | {"thinking": THINK}
 GREETING = "Hello! "
 GREETED_SHARE = 0.2  # of the trained answers about people without a system prompt
-THOUGHT_SHARE = 0.2  # of the trained answers to sums without one
+THOUGHT_SHARE = 0.1  # of the trained answers to sums without one
 SUM = "Work out "
 TURN_MARKS = {"user": "Question:", "assistant": "Answer:"}  # of the transcripts in the base text
 HELD_OUT_SHARE = 8
@@ -291,8 +291,9 @@ def _wanted(chat: _Chat) -> str:
 
 def _pair(chat: _Chat, rng: random.Random) -> dict[str, list[dict[str, str]]]:
     ask, wanted = chat.asks[-1], _wanted(chat)
-    own = _own_style("none", ask, rng)
-    greeted, plain = ask.reply(own, greets=True), ask.reply(own)
+    # were there thoughts on both sides, DPO would raise a number said at once, by the other pairs,
+    # and nothing would raise a thought
+    greeted, plain = ask.reply("none", greets=True), ask.reply(_own_style("none", ask, rng))
     if chat.style == "none":
         chosen, rejected = (greeted, plain) if wanted == "greeting" else (plain, greeted)
     else:
