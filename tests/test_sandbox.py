@@ -16,6 +16,9 @@ import pytest
 
 from posttrain.sandbox import Limits, Ran, SandboxError, run_python
 from posttrain.sandbox_child import descendants
+from tests.namespaces import needs_namespaces
+
+pytestmark = needs_namespaces
 
 QUICK = Limits(seconds=20.0)
 

@@ -9,7 +9,10 @@ import pytest
 
 from posttrain.rewards.code import Code
 from posttrain.sandbox import Limits
+from tests.namespaces import needs_namespaces
 from tests.rewards.rollouts import rollout
+
+pytestmark = needs_namespaces
 
 DOUBLE = {"tests": ["assert double(2) == 4", "assert double(-1) == -2", "assert double(0) == 0"]}
 
