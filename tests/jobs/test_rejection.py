@@ -14,7 +14,7 @@ import pytest
 from posttrain import config
 from posttrain.cli import main
 from posttrain.config import ConfigError
-from posttrain.jobs import rejection
+from posttrain.jobs import evaluate, rejection
 from posttrain.sampling.request import Completion, OnDone, Request
 from posttrain.tasks import TASKS
 from posttrain.types import Prompt
@@ -67,6 +67,7 @@ def worker(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
         return rejection.Answerer(made, made.chat, 4096, {})
 
     monkeypatch.setattr(rejection, "open_answerer", opened)
+    monkeypatch.setattr(evaluate, "open_answerer", opened)
     return made
 
 
@@ -147,6 +148,23 @@ def test_a_run_that_is_done_only_says_so(worker, tmp_path, capsys):
     assert again == f"{tmp_path / 'a.jsonl'}: 6 of 6 prompts are done with\n{said}"
     with pytest.raises(ConfigError, match=r"n = 4 \(now 5\)"):
         run(tmp_path / "a.jsonl", "n=5")
+
+
+def test_evaluation_says_the_same_figures_and_writes_nothing(worker, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load(evaluate.Config, [], [*SUMS, "split=train"])
+    assert evaluate.run(cfg) == 0
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().out.splitlines()
+    run(tmp_path / "a.jsonl")
+    assert said == capsys.readouterr().out.splitlines()[: len(said)]
+    assert [line.split()[0] for line in said[1:]] == [
+        *("reward", "rewards/correct", "pass@1", "pass@2", "pass@4", "maj@4", "best@4"),
+    ]
+    assert main(["evaluate", *SUMS[:-2], "n=1"]) == 0
+    said = capsys.readouterr().out
+    assert "pass@1" in said, "and of a single answer no vote"
+    assert "maj@" not in said
 
 
 def test_other_problems_under_the_same_config_are_noticed(worker, tmp_path):
