@@ -83,6 +83,6 @@ def test_two_rounds_of_rejection_and_sft_teach_to_work_sums_out(
             model = one_round(model, folder, number, seed)
             found.append(accuracy(model))
         print(f"seed {seed}: {found}")
-        assert found[0] < 0.45
-        assert found[1] > found[0] + 0.15
-        assert found[2] > 0.75
+        assert found[0] < 0.5
+        assert found[1] > found[0] + 0.1
+        assert found[2] > found[1] + 0.1
