@@ -201,6 +201,12 @@ def test_a_token_without_probability_is_never_picked() -> None:
     ends = np.concatenate([np.zeros(8), np.full(8, 1 - 2**-24), rng.random(48)])
     found = np.asarray(jax.jit(pick)(p, ends.astype(np.float32)))
     assert (p[np.arange(64), found] > 0).all()
+    ends_of = p.astype(np.float64).cumsum(-1)
+    targets = ends * ends_of[:, -1]
+    want = (ends_of > targets[:, None]).argmax(-1)
+    clear = np.abs(ends_of - targets[:, None]).min(-1) > 1e-4
+    assert clear.sum() > 30
+    assert (found == want)[clear].all()
     assert (found[:8] == (p[:8] > 0).argmax(-1)).all()
     last = 699 - (p[8:16, ::-1] > 0).argmax(-1)
     assert (found[8:16] == last).all()
