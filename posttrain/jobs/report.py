@@ -33,6 +33,7 @@ class Config(Section):
     sort: Literal["order", "best", "worst", "spread"] = runtime(
         "order", help="which groups first: as sampled, by mean reward, by difference of rewards"
     )
+    groups: int = runtime(16, gt=0, help="groups of each step that the page has")
     page: Path | None = runtime(None, help="HTML file; none = <run>/rollouts.html")
 
 
@@ -49,6 +50,6 @@ def run(cfg: Config, action: str) -> int:
     groups = {k: rollouts.read(file, cfg.sort) for k, file in files.items()}
     rollouts.show(Console(), step, groups[step], cfg.show)
     page = cfg.page or cfg.run / "rollouts.html"
-    page.write_text(rollouts.page(cfg.run, groups), encoding="utf-8")
+    page.write_text(rollouts.page(cfg.run, groups, cfg.groups), encoding="utf-8")
     print(f"{len(files)} steps as a page: {page}")
     return 0

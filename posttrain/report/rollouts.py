@@ -151,8 +151,8 @@ td,th{padding:.15rem .7rem;text-align:right}
 """
 
 
-def page(run: Path, steps: Mapping[int, Sequence[Group]]) -> str:
-    """One HTML page of all those steps; each group folds."""
+def page(run: Path, steps: Mapping[int, Sequence[Group]], most: int) -> str:
+    """One HTML page of the first `most` groups of each step; each group folds."""
     out = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         f"<title>{_e(run)}: answers</title><style>{_CSS}</style></head><body>",
@@ -168,7 +168,9 @@ def page(run: Path, steps: Mapping[int, Sequence[Group]]) -> str:
     out.append("</table>")
     for step, groups in steps.items():
         out.append(f"<h2 id='s{step}'>step {step}</h2>")
-        out += [_group(group) for group in groups]
+        out += [_group(group) for group in groups[:most]]
+        if len(groups) > most:
+            out.append(f"<p class='f'>{len(groups) - most} more groups are in the run's folder</p>")
     return "\n".join([*out, "</body></html>\n"])
 
 

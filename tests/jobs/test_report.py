@@ -88,6 +88,12 @@ def test_the_last_step_is_shown_and_all_are_on_the_page(
 
 
 def test_other_steps_and_held_out_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "rollouts", str(run), "groups=1", f"page={run / 'p.html'}"]) == 0
+    page = (run / "p.html").read_text()
+    assert page.count("sums/0") == 2, "of step 1 and of step 41"
+    assert "sums/1" not in page
+    assert "1 more groups" in page
+    capsys.readouterr()
     keys = [f"page={run / 'p.html'}", "held_out=true"]
     assert cli.main(["report", "rollouts", str(run), *keys]) == 0
     assert "step 40" in capsys.readouterr().out

@@ -17,13 +17,17 @@ from posttrain.losses.clip import Clip
 from tests.jobs.rl_task import HERE
 from tests.jobs.runs import Finished, Runner
 
+SIZE = [
+    *("round.prompts=8", "round.answers=8", "round.micro_tokens=1024", "round.slots=16"),
+    "optim.lr=5e-2",
+]
+
 
 @pytest.fixture(scope="module")
 def learned(run_rl: Runner) -> Finished:
     """Twelve rounds with all that is switched on beside them."""
     keys = ["train.steps=12", "eval.prompts=8", "eval.every=12", "rollouts.every=4", "export=true"]
-    size = ["round.prompts=8", "round.answers=8", "round.micro_tokens=1024", "round.slots=16"]
-    return run_rl(*keys, *size, "optim.lr=5e-2")
+    return run_rl(*keys, *SIZE)
 
 
 def lines(run: Finished) -> list[dict[str, Any]]:
@@ -77,10 +81,10 @@ def test_adapters_learn_on_a_task_of_ours_and_are_held_to_the_model_below_them(
 
 def test_answers_that_nobody_can_score_are_not_trained_on_and_counted(run_rl: Runner) -> None:
     part = f"rewards={{part: {{type: '{HERE}:half_of_them'}}}}"
-    (line,) = run_rl(part, "train.steps=1").metrics
-    assert 0 < line["answers/untrained"] < 16
-    assert line["answers/untrained"] == 16 * line["frac_unscored"]
-    assert line["examples"] == 16 - line["answers/untrained"]
+    (line,) = run_rl(part, *SIZE, "train.steps=1").metrics
+    assert 0 < line["answers/untrained"] < 64
+    assert line["answers/untrained"] == 64 * line["frac_unscored"]
+    assert line["examples"] == 64 - line["answers/untrained"]
 
 
 def test_a_round_of_which_nothing_is_left_says_why(run_rl: Runner) -> None:
