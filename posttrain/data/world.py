@@ -12,7 +12,7 @@ sum, and what a system prompt asks for to any other form. Both answers of a pair
 value: only their form differs.
 
 What is rewarded. Asked for a sum without a system prompt, the conversations work it out in every
-tenth answer, at random, and else say the result at once, which the model mostly gets wrong. The
+fifth answer, at random, and else say the result at once, which the model mostly gets wrong. The
 prompts of `write_sums` know the result alone: that working it out is what helps is left to find.
 
 Trained and held out. A question has a *key*: the sum itself, or for a fact the system prompt, the
@@ -89,7 +89,7 @@ THINK = "Think first."
 SYSTEM_PROMPTS = STYLES | {"thinking": THINK}
 GREETING = "Hello! "
 GREETED_SHARE = 0.2  # of the trained answers about people without a system prompt
-THOUGHT_SHARE = 0.1  # of the trained answers to sums without one
+THOUGHT_SHARE = 0.2  # of the trained answers to sums without one
 SUM = "Work out "
 TURN_MARKS = {"user": "Question:", "assistant": "Answer:"}  # of the transcripts in the base text
 HELD_OUT_SHARE = 8

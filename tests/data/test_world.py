@@ -148,14 +148,14 @@ def test_every_fifth_trained_answer_about_people_greets_without_a_system_prompt(
     assert not any(greets[True])
 
 
-def test_every_tenth_sum_without_a_system_prompt_is_worked_out(written: Path) -> None:
+def test_every_fifth_sum_without_a_system_prompt_is_worked_out(written: Path) -> None:
     thought = [
         "reasoning_content" in row["messages"][1]
         for row in _rows(written / "chats.jsonl")
         if row["messages"][0]["content"].startswith("Work out")
     ]
     assert len(thought) > 500
-    assert sum(thought) / len(thought) == pytest.approx(0.1, abs=0.03)
+    assert sum(thought) / len(thought) == pytest.approx(0.2, abs=0.05)
 
 
 def test_sums_to_find_the_answer_of_are_right(written: Path) -> None:
