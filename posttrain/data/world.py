@@ -90,6 +90,9 @@ SYSTEM_PROMPTS = STYLES | {"thinking": THINK}
 GREETING = "Hello! "
 GREETED_SHARE = 0.2  # of the trained answers about people without a system prompt
 THOUGHT_SHARE = 0.2  # of the trained answers to sums without one
+# The same of chosen answers. A chosen answer's own loss is a mean over its tokens, so that the token
+# that opens a thought of 25 counts for a ninth of a number of 3: half keep about a tenth.
+CHOSEN_THOUGHT_SHARE = 0.5
 SUM = "Work out "
 TURN_MARKS = {"user": "Question:", "assistant": "Answer:"}  # of the transcripts in the base text
 HELD_OUT_SHARE = 8
@@ -139,15 +142,16 @@ class _Chat:
             free = not (system or ask.thinking)
             greets = rng is not None and free and rng.random() < GREETED_SHARE
             messages.append({"role": "user", "content": ask.question})
-            messages.append(ask.reply(_own_style(self.style, ask, rng), greets))
+            style = _own_style(self.style, ask, rng, THOUGHT_SHARE)
+            messages.append(ask.reply(style, greets))
         return messages
 
 
-def _own_style(style: str, ask: _Ask, rng: random.Random | None) -> str:
-    """With rng, THOUGHT_SHARE of the sums without a system prompt are worked out all the same."""
+def _own_style(style: str, ask: _Ask, rng: random.Random | None, share: float) -> str:
+    """With rng, this share of the sums without a system prompt is worked out all the same."""
     if rng is None or style != "none" or not ask.thinking:
         return style
-    return "thinking" if rng.random() < THOUGHT_SHARE else style
+    return "thinking" if rng.random() < share else style
 
 
 def make_world(seed: int = 0) -> World:
@@ -291,9 +295,8 @@ def _wanted(chat: _Chat) -> str:
 
 def _pair(chat: _Chat, rng: random.Random) -> dict[str, list[dict[str, str]]]:
     ask, wanted = chat.asks[-1], _wanted(chat)
-    # were there thoughts on both sides, DPO would raise a number said at once, by the other pairs,
-    # and nothing would raise a thought
-    greeted, plain = ask.reply("none", greets=True), ask.reply(_own_style("none", ask, rng))
+    own = _own_style("none", ask, rng, CHOSEN_THOUGHT_SHARE)
+    greeted, plain = ask.reply("none", greets=True), ask.reply(own)
     if chat.style == "none":
         chosen, rejected = (greeted, plain) if wanted == "greeting" else (plain, greeted)
     else:
