@@ -90,8 +90,8 @@ SYSTEM_PROMPTS = STYLES | {"thinking": THINK}
 GREETING = "Hello! "
 GREETED_SHARE = 0.2  # of the trained answers about people without a system prompt
 THOUGHT_SHARE = 0.2  # of the trained answers to sums without one
-# The same of chosen answers. A chosen answer's own loss is a mean over its tokens, so that the token
-# that opens a thought of 25 counts for a ninth of a number of 3: half keep about a tenth.
+# The same of chosen answers. A chosen answer's own loss is a mean over its tokens: the token that
+# opens a thought of 25 counts for a ninth of a number of 3, and half of them keep about a tenth.
 CHOSEN_THOUGHT_SHARE = 0.5
 SUM = "Work out "
 TURN_MARKS = {"user": "Question:", "assistant": "Answer:"}  # of the transcripts in the base text

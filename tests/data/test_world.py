@@ -148,14 +148,18 @@ def test_every_fifth_trained_answer_about_people_greets_without_a_system_prompt(
     assert not any(greets[True])
 
 
-def test_every_fifth_sum_without_a_system_prompt_is_worked_out(written: Path) -> None:
-    thought = [
-        "reasoning_content" in row["messages"][1]
-        for row in _rows(written / "chats.jsonl")
-        if row["messages"][0]["content"].startswith("Work out")
-    ]
-    assert len(thought) > 500
-    assert sum(thought) / len(thought) == pytest.approx(0.2, abs=0.05)
+@pytest.mark.parametrize(("file", "share"), [("chats", 0.2), ("pairs", 0.5)])
+def test_this_share_of_sums_without_a_system_prompt_is_worked_out(
+    written: Path, file: str, share: float
+) -> None:
+    thought = []
+    for row in _rows(written / f"{file}.jsonl"):
+        messages = row["messages"] if file == "chats" else row["prompt"] + row["chosen"]
+        asked, answer, *_ = messages
+        if asked["content"].startswith("Work out"):
+            thought.append("reasoning_content" in answer)
+    assert len(thought) > 300
+    assert sum(thought) / len(thought) == pytest.approx(share, abs=0.05)
 
 
 def test_sums_to_find_the_answer_of_are_right(written: Path) -> None:
