@@ -70,7 +70,7 @@ def combine(
     """The rollouts, each with its `reward`, of the values in their `rewards`.
 
     A part that is None is left out of its answer's sum, and of means and deviations. Where every
-    part is None the reward is NaN: nothing is known of the answer.
+    part that has a weight is None the reward is NaN: nothing is known of the answer.
     """
     groups = np.array([rollout.group for rollout in rollouts], np.int64)
     total, known = np.zeros(len(rollouts)), np.zeros(len(rollouts), bool)
@@ -78,7 +78,8 @@ def combine(
         values = _shaped(name, part, shaping, rollouts, groups)
         there = ~np.isnan(values)
         total[there] += part.weight * values[there]
-        known |= there
+        if part.weight:  # what is logged alone says nothing of what the answer is worth
+            known |= there
     total[~known] = np.nan
     total = zscore(total, groups, shaping.total)
     if shaping.clip is not None:

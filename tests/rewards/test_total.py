@@ -68,6 +68,13 @@ def test_a_part_that_does_not_apply_is_left_out_of_the_sum():
     assert math.isnan(scored[2].reward), "nothing is known of it"
 
 
+def test_an_answer_of_which_only_what_is_logged_alone_is_known_has_no_reward():
+    parts = {"correct": part(), "length": part(weight=0)}
+    found = rewards_of(parts, [{"correct": 0.0, "length": 5.0}, {"correct": None, "length": 5.0}])
+    assert found[0] == 0.0
+    assert math.isnan(found[1]), "0 would be that of a wrong answer"
+
+
 def test_correct_counts_only_if_the_format_holds():
     parts = {"correct": part(gate=Gate(part="format")), "format": part(weight=0.5)}
     values: list[dict[str, float | None]] = [
