@@ -115,8 +115,8 @@ class Scorer:
             try:
                 return scoring.values.result(timeout=min(self.shaping.timeout, 1.0))
             except TimeoutError:
-                if scoring.values.done():  # the error of a reward itself
-                    raise
+                if scoring.values.done():  # meanwhile, or with an error of this kind
+                    return scoring.values.result()
             if scoring.asked:
                 name, since = scoring.asked[-1]
                 if (seconds := time.monotonic() - since) > self.shaping.timeout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from posttrain.config import ConfigError
 from posttrain.rewards.base import Gate, HandedReward, ManyReward, Reward
 from posttrain.rewards.exact import Exact
 from posttrain.rewards.length import Length
-from posttrain.rewards.scorer import RewardError, Scorer
+from posttrain.rewards.scorer import RewardError, Scorer, Scoring
 from posttrain.rewards.think import Think
 from posttrain.rewards.total import Shaping
 from posttrain.train.round_metrics import round_metrics
@@ -99,6 +100,18 @@ def test_a_reward_that_hangs_is_named():
         with pytest.raises(RewardError, match=r"'slow'.* on prompt task/0: no value after"):
             scorer([rollout("x")])
         never.set()
+
+
+def test_a_value_that_comes_as_the_wait_for_it_ends_is_a_value():
+    class Late(Future):
+        def result(self, timeout: float | None = None) -> dict[str, float | None]:
+            if not self.done():
+                self.set_result({"words": 2.0})
+                raise TimeoutError
+            return super().result(timeout)
+
+    with Scorer({"words": Words()}) as scorer:
+        assert scorer.finish([Scoring(rollout("a b"), Late())])[0].reward == 2.0
 
 
 def test_only_some_tasks_and_the_function_that_a_job_hands_in():
