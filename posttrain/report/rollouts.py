@@ -59,7 +59,9 @@ def steps_of(run: Path, *, held_out: bool) -> dict[int, Path]:
 def read(path: Path, sort: Sort = "order") -> list[Group]:
     """The groups of one file. ValueError, with the line, where it is none of ours."""
     groups: dict[Any, list[Line]] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # not splitlines(): what a model writes may hold other line ends, as U+2028
+    lines = path.read_text(encoding="utf-8").removesuffix("\n")
+    for number, text in enumerate(lines.split("\n") if lines else (), 1):
         try:
             line = json.loads(text)
             groups.setdefault(line["group"], []).append(line)

@@ -118,3 +118,10 @@ def test_groups_are_sorted_by_what_they_earned(run: Path) -> None:
     file = run / "rollouts" / "41.jsonl"
     means = {how: [g.mean for g in report.read(file, how)] for how in ("order", "best", "worst")}
     assert means == {"order": [1.0, 0.5], "best": [1.0, 0.5], "worst": [0.5, 1.0]}
+
+
+def test_line_ends_of_other_kinds_in_an_answer_end_no_line(tmp_path: Path) -> None:
+    said = "one\u2028two\u2029three\x85four\x0bfive\r\nsix"
+    write_rollouts(tmp_path / "1.jsonl", [rollout(0, 1.0, said), rollout(0, 0.0, "no")])
+    (group,) = report.read(tmp_path / "1.jsonl")
+    assert [answer["text"] for answer in group.answers] == [said, "no"]
