@@ -79,5 +79,6 @@ def make_steps(
 
 
 def _of_critic(metrics: Metrics) -> Metrics:
-    apart = {name: value for name, value in metrics.items() if name != "loss_by_source"}
+    # a Routing is told by names of its own, which are those of the policy's
+    apart = {k: v for k, v in metrics.items() if k not in ("loss_by_source", "routing")}
     return {name if "/" in name else f"critic/{name}": value for name, value in apart.items()}

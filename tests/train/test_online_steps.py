@@ -9,7 +9,7 @@ import numpy as np
 
 from posttrain.optim import schedule
 from posttrain.train.online_config import CriticConfig, CriticOptimConfig
-from posttrain.train.online_steps import Critic
+from posttrain.train.online_steps import Critic, _of_critic
 
 
 def test_pitfall_27_the_value_head_follows_its_schedule() -> None:
@@ -31,3 +31,8 @@ def test_pitfall_27_the_value_head_follows_its_schedule() -> None:
     rate = schedule(cfg.optim, steps)
     np.testing.assert_allclose(moves, [float(rate(k)) for k in range(steps)], rtol=1e-4)
     np.testing.assert_allclose(moves, [0.05, 0.1, 0.1, 0.075, 0.05, 0.025], rtol=1e-4)
+
+
+def test_the_routers_of_a_critic_are_not_told_as_those_of_the_policy() -> None:
+    found = _of_critic({"loss": 1.0, "loss/value_avg": 2.0, "routing": 3.0, "loss_by_source": 4.0})
+    assert found == {"critic/loss": 1.0, "loss/value_avg": 2.0}
