@@ -21,6 +21,8 @@ SEEDS = (3, 4, 5)  # the defaults were chosen on 0, 1 and 2
 FEW_ROUNDS = 20  # fewer, and one seed is enough
 
 BASE = ("base, plain text", "base, chat")
+# whether a sum is worked out unasked is left to chance before GRPO, and so is its result
+KINDS = ("fact", "second turn", "sum, thinking")
 TUNED = ("SFT", "DPO", "GRPO")
 
 
@@ -49,7 +51,8 @@ def check(report: dict[str, Any]) -> None:
         greets = "preferred: greets"
         assert rate["DPO"][greets] >= rate["SFT"][greets] + 0.30
         if of["temperature"] == 0.7:
-            assert rate["DPO"]["right"] >= rate["SFT"]["right"] - 0.03
+            kept = {model: sum(rate[model][f"right: {kind}"] for kind in KINDS) for model in rate}
+            assert kept["DPO"] >= kept["SFT"] - 0.03 * len(KINDS)
         if of["temperature"] == 1.0:
             assert rate["DPO"]["right: sum"] < 0.40
             assert rate["GRPO"]["right: sum"] > 0.80

@@ -25,6 +25,8 @@ from posttrain.tools.calculator import Calculator
 
 pytestmark = pytest.mark.soak
 
+FEW_ROUNDS = 20
+
 TASK = {
     **{"type": "arithmetic", "terms": [2, 2], "largest": 20, "operators": ["*"], "greatest": 400},
     "question": "What is {problem}?",
@@ -145,7 +147,9 @@ def learn(folder: Path, seed: int) -> Path:
     return folder / "rl"
 
 
-def test_a_model_learns_to_call_its_calculator(tmp_path: Path):
+def test_a_model_learns_to_call_its_calculator(tmp_path: Path, soak_rounds: int):
+    if soak_rounds < FEW_ROUNDS:
+        pytest.skip("few rounds: it takes minutes, and the demo shows that GRPO learns")
     run = learn(tmp_path, seed=0)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
