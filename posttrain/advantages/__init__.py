@@ -2,6 +2,7 @@
 
 An advantage is a Config class with
   needs_values: bool     whether it reads what a critic foretold (Signal.values)
+  needs_group: bool      whether it sets an answer against others to its prompt
   __call__(signal: Signal of one round) -> Advantages
 numpy on the host, float64 inside, float32 out; no JAX. What a token is credited with is a matter of
 this folder, what the policy makes of it a matter of losses/. A new one is a file and a line below;

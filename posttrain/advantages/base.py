@@ -80,6 +80,11 @@ class Advantage(Config):
 
     needs_values: ClassVar[bool] = False
 
+    @property
+    def needs_group(self) -> bool:
+        """Whether an answer is set against others to its prompt: of one alone it is always 0."""
+        return False
+
     @abstractmethod
     def __call__(self, signal: Signal) -> Advantages:
         """Of all answers of a round."""

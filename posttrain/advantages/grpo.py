@@ -37,6 +37,10 @@ class GRPO(Advantage):
         "group", help="whose standard deviation advantages are divided by; none: they are not"
     )
 
+    @property
+    def needs_group(self) -> bool:
+        return True
+
     def __call__(self, signal: Signal) -> Advantages:
         totals = signal.totals()
         stats = group_stats(totals, signal.groups)

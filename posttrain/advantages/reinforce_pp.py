@@ -33,6 +33,10 @@ class ReinforcePP(Advantage):
     gamma: float = semantic(1.0, gt=0, le=1, help="discount of a token")
     baseline: bool = semantic(False, help="take the mean of its group off each reward first")
 
+    @property
+    def needs_group(self) -> bool:
+        return self.baseline
+
     def __call__(self, signal: Signal) -> Advantages:
         rewards = np.asarray(signal.rewards, np.float64)
         if self.baseline:

@@ -34,6 +34,10 @@ class RLOO(Advantage):
         False, help="the round's advantages less their mean, over their standard deviation"
     )
 
+    @property
+    def needs_group(self) -> bool:
+        return True
+
     def __call__(self, signal: Signal) -> Advantages:
         totals = signal.totals()
         stats = group_stats(totals, signal.groups)

@@ -113,10 +113,10 @@ class Config(Section):
             named = {**parts}
             if not {*named} - {*added} and (task := _task_of(filled.get("task"))) is not None:
                 named = {**{name: dict(part) for name, part in task.rewards.items()}, **named}
-            filled["rewards"] = {
-                **named,
-                **{name: _under(named.get(name), keys) for name, keys in added.items()},
-            }
+            if {*named} - {*added}:  # a recipe's part is no reward to be had alone
+                for name, keys in added.items():
+                    named[name] = _under(named.get(name), keys)
+            filled["rewards"] = named
         for section, keys in recipe.keys.items() if recipe else ():
             filled[section] = _under(filled.get(section), keys)
         return filled
@@ -154,6 +154,11 @@ class Config(Section):
         name = ADVANTAGES_BY_CLASS.get(type(self.advantage), type(self.advantage).__name__)
         if self.advantage.needs_values and self.critic is None:
             wrong.append(f"advantage type {name} asks a critic: set critic: {{}}")
+        if self.advantage.needs_group and self.round.answers < 2:
+            wrong.append(
+                f"round.answers is {self.round.answers}: advantage type {name} sets an answer "
+                "against the others to its prompt: ask for 2 or more"
+            )
         if self.critic is not None and not self.advantage.needs_values:
             wrong.append(f"critic: advantage type {name} does not read what it foretells")
         if self.sampling.temperature == 0:

@@ -126,6 +126,31 @@ def test_all_that_does_not_go_together_is_told_at_once() -> None:
     assert "known: " in refused("task.type=contdown") or "did you mean" in refused("task.type=cown")
 
 
+@pytest.mark.parametrize(
+    ("keys", "refuses"),
+    [
+        (["advantage.type=grpo"], True),
+        (["advantage.type=rloo"], True),
+        (["advantage={type: reinforce_pp, baseline: true}"], True),
+        (["advantage.type=reinforce_pp"], False),
+        (["advantage.type=reinforce"], False),
+    ],
+)
+def test_one_answer_to_a_prompt_is_refused_where_it_would_teach_nothing(
+    keys: list[str], refuses: bool
+) -> None:
+    given = ["model.path=/no/model", "task.type=countdown", "round.answers=1", *keys]
+    if refuses:
+        assert "round.answers is 1: advantage type" in refused("round.answers=1", *keys)
+    else:
+        assert config.load(rl.Config, [], given).round.answers == 1
+
+
+def test_a_recipes_own_part_is_not_all_that_is_rewarded() -> None:
+    said = refused("preset=dapo", "task={type: jsonl, path: sums.jsonl}")
+    assert "there is none: name at least one" in said
+
+
 def test_a_preset_fills_what_is_not_set_and_the_resolved_config_says_all_of_it(
     tmp_path: Path,
 ) -> None:
