@@ -149,9 +149,9 @@ def test_pitfall_19_a_checkpoint_holds_no_reference(
     saved: list[Any] = []
     save = Checkpoints.save
 
-    def seen(self: Checkpoints, step: int, state: Any) -> None:
+    def seen(self: Checkpoints, step: int, state: Any, source: Any) -> None:
         saved.append(state)
-        save(self, step, state)
+        save(self, step, state, source)
 
     monkeypatch.setattr(Checkpoints, "save", seen)
     sizes = {}
