@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,3 @@ class RoundFiles:
 
         found = shared(data)
         return Round.from_bytes(found) if found else None
-
-
-def with_advantages(
-    answers: Answers, advantages: Tokens, returns: Tokens | None, weights: Tokens
-) -> Answers:
-    """What they were worth, put beside them."""
-    kept: dict[str, Any] = {"advantages": advantages, "returns": returns, "weights": weights}
-    return replace(answers, **kept)

@@ -199,12 +199,12 @@ class OnlineSource:
             "time/round": time.monotonic() - began,
         }
         made = Round(number, sampled.position, answers.take(kept), metrics)
-        self._files.write(made, self._is_kept)
         every = cfg.rollouts.every
         if every is not None and number % every == 0 and is_primary():
             path = cfg.run_dir / "rollouts" / f"{self._step + 1}.jsonl"
             decode = self._answering.decode if cfg.rollouts.tokens else None
             write_rollouts(path, rollouts, found.advantages, decode=decode)
+        self._files.write(made, self._is_kept)  # last: a round that is there is not sampled again
         return made
 
     def _sample(self, number: int) -> _Sampled:
