@@ -55,7 +55,7 @@ REGISTRIES = {
         ("REWARDS",),
         {
             *{"base", "total", "scorer", "answers", "judging", "instructions", "languages"},
-            *{"math_pool", "math_worker"},
+            *{"math_pool", "math_worker", "code_trial"},
         },
     ),
     "doctor": (("CHECKS",), {"base"}),

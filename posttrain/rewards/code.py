@@ -6,43 +6,18 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from posttrain.config import semantic
+from posttrain.rewards import code_trial
 from posttrain.rewards.base import Reward, answer_text, expected
 from posttrain.sandbox import Limits, run_python
 from posttrain.types import Rollout
 
 _BLOCK = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
-# Runs in the sandbox. What is told at the end opens with a secret that is read from the input only
-# then: a program that leaves early, or prints what it likes, has passed nothing.
-_HARNESS = """
-def _run():
-    import io, json, os, sys
-    source, sys.stdin = sys.stdin, io.StringIO()
-    given = json.loads(source.readline())
-    out, passed = os.dup(1), []
-    sys.stdout = io.StringIO()
-    space = {"__name__": "solution", "__builtins__": __builtins__}
-    try:
-        for part in given["before"]:
-            exec(compile(part, "solution.py", "exec"), space)
-        for test in given["tests"]:
-            try:
-                exec(compile(test, "test.py", "exec"), space)
-                passed.append(1)
-            except BaseException:
-                passed.append(0)
-                if not given["partial"]:
-                    break
-    except BaseException as error:
-        print(type(error).__name__, error, file=sys.stderr)
-    os.write(out, (source.readline().strip() + json.dumps(passed) + "\\n").encode())
-
-
-_run()
-"""
+_TRIAL = Path(code_trial.__file__).read_text(encoding="utf-8")
 
 
 class Code(Reward):
@@ -57,8 +32,8 @@ class Code(Reward):
                    its own, compared word by word
       before       code that goes before the answer's (optional)
     None: it has none of them. SandboxError where programs cannot be isolated.
-    The tests run in the interpreter of the code they test, which could cheat them on purpose, as by
-    an object that equals everything; cases cannot be cheated so.
+    Tests run in another process than the code they test, as code_trial.py says, and see of what it
+    returns plain values: docs/rewards.md has what that keeps out, and what it does not.
     """
 
     key: str = semantic("", help="where the tests lie in the prompt's answer")
@@ -78,15 +53,16 @@ class Code(Reward):
         passed, of = (
             self._cases(f"{before}\n{code}", given["cases"])
             if "cases" in given
-            else self._tests([before, code], _tests_of(given))
+            else self._tests(before, code, _tests_of(given))
         )
         return passed / of if self.partial else float(passed == of)
 
-    def _tests(self, before: list[str], tests: list[str]) -> tuple[int, int]:
+    def _tests(self, before: str, code: str, tests: list[str]) -> tuple[int, int]:
         secret = secrets.token_hex(16)
-        work = json.dumps({"before": before, "tests": tests, "partial": self.partial})
+        work = {"before": before, "code": code, "tests": tests, "partial": self.partial}
+        limits = self.limits.model_copy(update={"processes": self.limits.processes + 1})
         ran = run_python(
-            _HARNESS, f"{work}\n{secret}\n", self.limits, allow_network=self.allow_network
+            _TRIAL, f"{json.dumps(work)}\n{secret}\n", limits, allow_network=self.allow_network
         )
         told = [line for line in ran.stdout.splitlines() if line.startswith(secret)]
         passed = json.loads(told[-1].removeprefix(secret)) if told else []
