@@ -94,8 +94,9 @@ class Prompt:
     source: str = ""  # the task that it belongs to
 
 
-Finish = Literal["stop", "length", "turns"]
-"""Why an answer ended: by itself, at the limit of tokens, or at the limit of turns."""
+Finish = Literal["stop", "length", "turns", "template"]
+"""Why an answer ended: by itself, at the limit of tokens, at the limit of turns, or with calls that
+its chat template has no way to write."""
 
 
 @dataclass(frozen=True, slots=True)

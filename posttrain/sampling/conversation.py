@@ -127,12 +127,16 @@ def _wait(
 
 
 def tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, Mean]:
-    """Calls per rollout, and the share of calls that failed, under TRL's names."""
+    """Calls per rollout, and the share of calls that failed, under TRL's names; and the share of
+    rollouts that ended because the template cannot write their calls."""
     calls = sum(rollout.calls for rollout in rollouts)
     failed = sum(rollout.failed_calls for rollout in rollouts)
     return {
         "tools/call_frequency": Mean(calls, len(rollouts)),
         "tools/failure_frequency": Mean(failed, calls),
+        "tools/unwritable_frequency": Mean(
+            sum(rollout.finish == "template" for rollout in rollouts), len(rollouts)
+        ),
     }
 
 
@@ -150,15 +154,10 @@ def _open_all(
     wrong: list[str] = []
     talks: list[list[Talk]] = []
     seen: Counter[str] = Counter()
-    steady: set[str] = set()  # kinds of prompts whose history is known to stay as it is
+    steady: set[str] = set()
     for group, prompt in enumerate(prompts):
         try:
-            shown, own = offer(prompt, tools)
-            kind = _kind(shown)
-            if own and max_turns > 1 and kind not in steady:
-                refuse_changing_history(chat, shown.messages, shown.tools, **shown.template_kwargs)
-                steady.add(kind)
-            ids = chat.generation_prompt(shown.messages, shown.tools, **shown.template_kwargs)
+            shown, own, ids = admit(prompt, chat, tools, max_turns, steady)
             if context is not None and len(ids) + sampling.max_new_tokens > context:
                 raise ValueError(
                     f"{len(ids)} tokens and {sampling.max_new_tokens} new ones do not fit into "
@@ -190,6 +189,27 @@ def _open_all(
     if wrong:
         raise ValueError("\n".join(wrong))
     return talks
+
+
+def admit(
+    prompt: Prompt,
+    chat: ChatTemplate,
+    tools: Mapping[str, Tool],
+    max_turns: int,
+    steady: set[str],
+) -> tuple[Prompt, Mapping[str, Tool], list[int]]:
+    """What `offer` says, and the prompt's ids.
+
+    steady: kinds of prompts whose history is known to stay as it is when tools answer; added to.
+    ValueError, ChatError: some of its tools cannot be run, or the template refuses the prompt,
+    tools' answers, or to leave what came before them as it was.
+    """
+    shown, own = offer(prompt, tools)
+    kind = _kind(shown)
+    if own and max_turns > 1 and kind not in steady:
+        refuse_changing_history(chat, shown.messages, shown.tools, **shown.template_kwargs)
+        steady.add(kind)
+    return shown, own, chat.generation_prompt(shown.messages, shown.tools, **shown.template_kwargs)
 
 
 def offer(prompt: Prompt, tools: Mapping[str, Tool]) -> tuple[Prompt, Mapping[str, Tool]]:

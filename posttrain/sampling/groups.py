@@ -11,7 +11,7 @@ from posttrain.chat.template import ChatError, ChatTemplate
 from posttrain.config import ConfigError
 from posttrain.rewards.base import HandedReward, ManyReward
 from posttrain.rewards.scorer import Scorer, Scoring
-from posttrain.sampling.conversation import Share, make_rollouts
+from posttrain.sampling.conversation import Share, admit, make_rollouts
 from posttrain.sampling.request import RolloutEngine, Sampling
 from posttrain.tools import Tool
 from posttrain.types import Prompt, Rollout
@@ -26,16 +26,19 @@ def refuse(
     sampling: Sampling,
     tools: Mapping[str, Tool],
     context: int | None,
+    *,
+    max_turns: int = 8,
 ) -> None:
     """ConfigError before anything is sampled: prompts that leave no room for an answer, or that the
-    template does not take."""
+    template does not take, with answers of the tools behind them."""
     wrong = []
+    steady: set[str] = set()
     for prompt in prompts:
-        offered = prompt.tools or [tool.schema for tool in tools.values()]
         try:
-            ids = chat.generation_prompt(prompt.messages, offered, **prompt.template_kwargs)
-        except ChatError as error:
-            wrong.append(f"{prompt.id}: {error.reason}")
+            _, _, ids = admit(prompt, chat, tools, max_turns, steady)
+        except ValueError as error:
+            reason = error.reason if isinstance(error, ChatError) else str(error)
+            wrong.append(f"{prompt.id}: {reason}")
             continue
         if context is not None and len(ids) + sampling.max_new_tokens > context:
             wrong.append(f"{prompt.id}: {len(ids)} tokens")

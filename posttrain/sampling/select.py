@@ -66,7 +66,9 @@ class Selection(Config):
         """Those that can be trained on. Counts the others by why."""
         found: list[Answer] = []
         for index, rollout in enumerate(rollouts):
-            if self.finished and rollout.finish != "stop":
+            if self.finished and rollout.finish == "template":
+                dropped["calls that the chat template cannot write"] += 1
+            elif self.finished and rollout.finish != "stop":
                 dropped["cut off"] += 1
             elif not _readable(rollout):
                 dropped["no text that can be trained on"] += 1

@@ -122,8 +122,8 @@ class Talk:
     def hear(self, answers: Sequence[Answer]) -> Finish | None:
         """Puts the tools' answers behind what was sampled; None: the model is to go on.
 
-        Where the template cannot put them there, or they leave no room, the rollout ends with the
-        turn that called.
+        Where the template cannot put them there ("template"), or they leave no room ("length"), the
+        rollout ends with the turn that called.
         """
         results: list[Message] = []
         for call, answer in zip(self.asked, answers, strict=True):
@@ -139,7 +139,7 @@ class Talk:
             ids = follow_up(self.chat, said, turn, stopped=self.stopped)
         except ChatError:  # more calls at once than the template writes, say
             self.failed_calls += sum(not answer.failed for answer in answers)
-            return "stop"
+            return "template"
         if self.context is not None and len(self.tokens) + len(ids) >= self.context:
             return "length"
         self.messages += results

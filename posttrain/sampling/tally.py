@@ -27,7 +27,8 @@ def counts(rollouts: Sequence[Rollout], right: str, at_least: float) -> dict[str
         "reward": [None if math.isnan(r.reward) else r.reward for r in rollouts],
         "rewards": parts,
         "tokens": [rollout.length for rollout in rollouts],
-        "cut_off": sum(rollout.finish != "stop" for rollout in rollouts),
+        "cut_off": sum(rollout.finish in ("length", "turns") for rollout in rollouts),
+        "unwritable": sum(rollout.finish == "template" for rollout in rollouts),
     }
     if any(value is not None for value in parts[right]):
         hits = [value is not None and value >= at_least for value in parts[right]]
@@ -74,6 +75,8 @@ def told(lines: Sequence[Line]) -> list[str]:
         f"{len(lines):,} prompts, {answers:,} answers of {tokens / max(answers, 1):,.1f} tokens on "
         f"average, {cut_off:,} cut off"
     ]
+    if unwritable := sum(line["unwritable"] for line in lines):
+        out.append(f"  {unwritable:,} ended with calls that the chat template cannot write")
     table = figures(lines)
     width = max(map(len, table), default=0)
     for name, (mean, error) in table.items():

@@ -123,6 +123,13 @@ def test_prompts_that_cannot_be_asked_are_refused_before_anything_runs(chatml, d
     refuse(PROMPTS, chat, SAMPLING, {}, room)
     with pytest.raises(ConfigError, match=r"5 of 5 prompts(.|\n)*p0: .*no tools here"):
         refuse(PROMPTS, chat, SAMPLING, TOOLS, room)
+    silent = "{%- else -%}", "{%- elif message.role != 'tool' -%}"
+    assert silent[0] in TEMPLATES["chatml"]
+    chat = template(data_dir, TEMPLATES["chatml"].replace(*silent))
+    refuse(PROMPTS, chat, SAMPLING, {}, None)
+    refuse(PROMPTS, chat, SAMPLING, TOOLS, None, max_turns=1)  # no call is run
+    with pytest.raises(ConfigError, match=r"5 of 5 prompts(.|\n)*p0: .*of a tool message"):
+        refuse(PROMPTS, chat, SAMPLING, TOOLS, None)
 
 
 def scored(*values: float | None, **more: Any) -> list[Rollout]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from posttrain.chat.template import ChatTemplate
 from posttrain.chat.templates import TEMPLATES
 from posttrain.sampling.conversation import make_rollouts, tool_metrics
 from posttrain.sampling.request import Completion, Sampling
+from posttrain.sampling.select import SFTSelection
+from posttrain.sampling.tally import counts, told
 from posttrain.types import Rollout
 from tests.chat.samples import say
 from tests.sampling.scripted import (
@@ -159,8 +162,14 @@ def test_a_call_that_the_template_cannot_write_ends_the_rollout(
     chat = template(data_dir, public["llamacpp__meta-llama-Llama-3.1-8B-Instruct"])
     engine = says(chat, call() + call())
     (rollout,) = make_rollouts([prompt()], engine, chat, SAMPLING, tools=TOOLS)
-    assert (rollout.finish, rollout.calls, rollout.failed_calls) == ("stop", 2, 2)
+    assert (rollout.finish, rollout.calls, rollout.failed_calls) == ("template", 2, 2)
     assert [m["role"] for m in rollout.messages] == ["assistant"]
+    assert tool_metrics([rollout, rollout])["tools/unwritable_frequency"].value == 1
+    judged = replace(rollout, rewards={"correct": 1.0}, reward=1.0)
+    assert SFTSelection()([judged], {}).dropped == {"calls that the chat template cannot write": 1}
+    assert "  1 ended with calls that the chat template cannot write" in told(
+        [counts([judged], "correct", 1.0)]
+    )
 
 
 def test_a_thinking_template_that_keeps_thoughts_between_calls_is_taken(
