@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from posttrain.chat.template import ChatTemplate
-from posttrain.sampling import conversation
 from posttrain.sampling.conversation import make_rollouts, tool_metrics
 from posttrain.tools import Tool, tool_of
 from posttrain.tools.calculator import calculate
@@ -231,37 +230,6 @@ def test_slow_tools_run_beside_the_sampling(chatml: ChatTemplate):
     assert [r.messages[1]["content"] for r in rollouts[:2]] == ["ONE", "TWO"]
     assert [r.finish for r in rollouts] == ["stop"] * 3
     assert (engine.calls, whole) == (2, [2, 0, 1])
-
-
-def test_slow_tools_run_on_one_process_for_all(chatml: ChatTemplate):
-    """Two processes that sample the same: what the second is told is what the first one's ran."""
-    ran: list[str] = []
-    sent: list[bytes] = []
-
-    def note(word: str) -> str:
-        """Notes a word down."""
-        ran.append(word)
-        return f"noted {word} as number {len(ran)}"
-
-    def run(share: Any) -> list[Rollout]:
-        turn = '<tool_call>{"name": "note", "arguments": {"word": "quince"}}</tool_call>'
-        tools = {"note": tool_of(note)}
-        engine = says(chatml, turn, turn, "Done.")
-        return make_rollouts([prompt()], engine, chatml, SAMPLING, n=2, tools=tools, share=share)
-
-    def first(make: Any) -> bytes:
-        sent.append(make())
-        return sent[-1]
-
-    ours = run(first)
-    told = iter(list(sent))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversation, "_is_first_process", lambda: False)
-        theirs = run(lambda make: next(told))
-    assert len(ran) == 4
-    assert [r.messages for r in theirs] == [r.messages for r in ours]
-    assert [r.tokens.tolist() for r in theirs] == [r.tokens.tolist() for r in ours]
-    assert "noted quince as number" in ours[0].messages[1]["content"]
 
 
 def test_what_is_refused_at_the_door(data_dir: Path, chatml: ChatTemplate, public: dict[str, str]):
