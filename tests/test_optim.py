@@ -80,9 +80,12 @@ def params_on(mesh: jax.sharding.Mesh) -> dict:
             "moe": {"up": ((3, 4, 16, 24), P(None, None, "fsdp"))},
         },
     }
-    put = lambda leaf: jax.device_put(  # noqa: E731
-        rng.normal(size=leaf[0]).astype(np.float32), jax.sharding.NamedSharding(mesh, leaf[1])
-    )
+
+    def put(leaf):
+        return jax.device_put(
+            rng.normal(size=leaf[0]).astype(np.float32), jax.sharding.NamedSharding(mesh, leaf[1])
+        )
+
     return jax.tree.map(put, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,10 @@ def _every_entry_kept() -> Iterator[None]:
 def _events() -> Iterator[list[str]]:
     """The names of jax's events while inside."""
     seen: list[str] = []
-    listen: Callable[..., None] = lambda event, **_: seen.append(event)  # noqa: E731
+
+    def listen(event: str, **_: Any) -> None:
+        seen.append(event)
+
     jax.monitoring.register_event_listener(listen)
     try:
         yield seen

@@ -66,7 +66,10 @@ def quantize(path: str, w: jax.Array, axes: tuple[str, ...], kind: str) -> Any:
     assert isinstance(mesh, Mesh)
     layout = jax.tree.map(lambda x: named_sharding(mesh, axes, x.shape), shapes)
     if isinstance(w, jax.ShapeDtypeStruct):
-        place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
+
+        def place(x: Any, at: Any) -> Any:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+
         return jax.tree.map(place, shapes, layout)
     made = jax.jit(make, out_shardings=layout)(w)
     w.delete()

@@ -81,9 +81,10 @@ def test_a_reused_trace_is_the_trace(source: str, known: int, prompt: bool) -> N
 
 def test_the_trace_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     used = renderer(GOLDEN)
-    talk = lambda a, b: Conversation(  # noqa: E731
-        ({"role": "user", "content": a}, {"role": "assistant", "content": b})
-    )
+
+    def talk(a, b):
+        return Conversation(({"role": "user", "content": a}, {"role": "assistant", "content": b}))
+
     used.render(talk("a", "b"))
     monkeypatch.setattr(used._traced, "trace", None)  # following another would raise
     assert used.render(talk("c", "dd")).trace.text == "<|user|>c<|e|><|a|>dd<|e|>\n"

@@ -44,7 +44,10 @@ def make(seed: int = 0) -> tuple[Batch, TokenOutputs]:
             inside = np.flatnonzero(segments[b] == s + 1)
             weights[b, inside[:1]], weights[b, inside[1:2]] = False, True
     zeros = np.zeros((B, T), np.int32)
-    on = lambda low, high: np.where(weights, rng.uniform(low, high, (B, T)), 0).astype(np.float32)  # noqa: E731
+
+    def on(low, high):
+        return np.where(weights, rng.uniform(low, high, (B, T)), 0).astype(np.float32)
+
     batch = Batch(
         tokens=zeros,
         positions=zeros,

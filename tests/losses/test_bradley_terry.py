@@ -32,7 +32,10 @@ def make(seed: int = 0, pairs: range = range(PAIRS), wide: float = 3.0) -> tuple
         chosen[both[0]] = True
     scores = np.where(pair_ids >= 0, scores, 0)
     zeros = np.zeros((B, 1), np.int32)
-    of = lambda x, dtype: jnp.asarray(x.reshape(B, S).astype(dtype))  # noqa: E731
+
+    def of(x, dtype):
+        return jnp.asarray(x.reshape(B, S).astype(dtype))
+
     batch = Batch(
         tokens=zeros, positions=zeros, segment_ids=zeros, loss_weights=zeros,
         example_ids=of(pair_ids, np.int32), source_ids=of(sources, np.int32),

@@ -125,7 +125,10 @@ def test_long_answers_keep_their_digits() -> None:
     n, rng = 2000, np.random.default_rng(0)
     reference = -rng.uniform(1, 9, (2, n + 1))
     logps = reference + rng.normal(0, 1e-3, (2, n + 1))
-    as_jax = lambda x: jnp.asarray(np.where(np.arange(n + 1) > 0, x, 0), jnp.float32)  # noqa: E731
+
+    def as_jax(x):
+        return jnp.asarray(np.where(np.arange(n + 1) > 0, x, 0), jnp.float32)
+
     ids = jnp.array([[0], [1]])
     batch = Batch(
         tokens=jnp.zeros((2, n + 1), int),

@@ -24,7 +24,10 @@ def one_token(
     v = len(logits)
     log_softmax = jax.nn.log_softmax
     segments = np.ones((v, 2), np.int32)
-    at = lambda x: jnp.stack([jnp.zeros(v), x], 1)  # noqa: E731
+
+    def at(x):
+        return jnp.stack([jnp.zeros(v), x], 1)
+
     ids = np.arange(v)[:, None]
     batch = Batch(
         segments, segments, segments, at(jnp.ones(v)), ids, 0 * ids,

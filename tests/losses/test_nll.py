@@ -20,7 +20,9 @@ ENTROPY, CORRECT = RNG.random((B, T)) * 3, (RNG.random((B, T)) < 0.5).astype(flo
 
 @pytest.fixture(scope="module")
 def outputs() -> TokenOutputs:
-    as_jax = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
+    def as_jax(x):
+        return jnp.asarray(x, jnp.float32)
+
     return TokenOutputs(as_jax(LOGPS), as_jax(ENTROPY), as_jax(CORRECT))
 
 
@@ -56,7 +58,10 @@ def test_pitfall_11_no_mean_of_means(outputs: TokenOutputs, batch: Batch) -> Non
     """Halves of unequal weight add up to the whole; the mean of their means is another number."""
     halves = []
     for rows in (slice(0, 1), slice(1, 3)):
-        pick = lambda x, rows=rows: None if x is None else x[rows]  # noqa: E731
+
+        def pick(x, rows=rows):
+            return None if x is None else x[rows]
+
         part = Batch(**{k: pick(v) for k, v in vars(batch).items()})
         halves.append(mean(NLL()(TokenOutputs(*map(pick, vars(outputs).values())), part)))
     whole = mean(NLL()(outputs, batch))

@@ -12,7 +12,7 @@ import pytest
 import posttrain.models.attention as attention_module
 from posttrain.models import splash
 from posttrain.models.attention import attention, resolve
-from posttrain.models.kv_cache import cached_attention, to_cache
+from posttrain.models.kv_cache import KEYS, VALUES, cached_attention, to_cache
 from tests.models.tiny import mesh_of
 
 B, T, N, K, H = 2, 128, 4, 2, 16
@@ -131,7 +131,10 @@ def test_chunked_needs_half_of_the_references_memory() -> None:
     def temporary(implementation: str) -> int:
         q = jax.ShapeDtypeStruct((1, 2048, 4, 16), jnp.float32)
         ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-        f = lambda q, k, v, s: attention(q, k, v, s, implementation=implementation).sum()  # noqa: E731
+
+        def f(q, k, v, s):
+            return attention(q, k, v, s, implementation=implementation).sum()
+
         return (
             jax.jit(jax.grad(f)).lower(q, q, q, ids).compile().memory_analysis().temp_size_in_bytes
         )
@@ -216,7 +219,10 @@ def test_chunked_touches_no_key_before_the_window() -> None:
     def flops(window: int | None) -> float:
         q = jax.ShapeDtypeStruct((1, 2048, 4, 16), jnp.float32)
         ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-        f = lambda q, s: attention(q, q, q, s, implementation="chunked", window=window)  # noqa: E731
+
+        def f(q, s):
+            return attention(q, q, q, s, implementation="chunked", window=window)
+
         return jax.jit(f).lower(q, ids).compile().cost_analysis()["flops"]
 
     assert flops(128) < 0.3 * flops(None)
@@ -320,7 +326,10 @@ def test_cached_attention_is_the_last_row_of_the_whole(
     whole = {n: x[1:] for n, x in case.items()}
     at, window = 77, RULES[rules].get("window")
     q, where = whole["q"][:, at : at + 1], jnp.array([at], jnp.int32)
-    k, v = (to_cache(whole[name], where + 1, window) for name in ("k", "v"))
+    k, v = (
+        to_cache(whole[name], where + 1, window, dim)
+        for name, dim in (("k", KEYS), ("v", VALUES))
+    )
     last = cached_attention(q, (k,), (v,), where, jnp.int32(at + 1), **RULES[rules])
     want = definition(case, **RULES[rules])["forward"][1, at]
     np.testing.assert_allclose(last[0, 0], want, atol=2e-6)

@@ -61,7 +61,10 @@ def test_sums_are_in_float32(implementation: str) -> None:
     ones = jnp.ones((4096, 8), jnp.bfloat16)
     sizes = jnp.array([0, 4096], jnp.int32)
     w = jnp.ones((2, 8, 4096), jnp.bfloat16)
-    total = lambda x, w: grouped_matmul(x, w, sizes, implementation).astype(jnp.float32).sum()  # noqa: E731
+
+    def total(x, w):
+        return grouped_matmul(x, w, sizes, implementation).astype(jnp.float32).sum()
+
     dx, dw = jax.grad(total, (0, 1))(ones, w)
     assert (dx == 4096).all()
     assert (dw[1] == 4096).all()

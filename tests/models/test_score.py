@@ -45,7 +45,10 @@ def test_scores_are_those_of_the_last_tokens_and_only_they_have_a_gradient() -> 
     found = segment_scores(jnp.asarray(hidden), jnp.asarray(w), jnp.asarray(segments), 4)
     np.testing.assert_allclose(found, by_loop(hidden, w, segments, 4), rtol=1e-5, atol=1e-6)
     assert found.dtype == jnp.float32
-    total = lambda h: segment_scores(h, jnp.asarray(w), jnp.asarray(segments), 4).sum()  # noqa: E731
+
+    def total(h):
+        return segment_scores(h, jnp.asarray(w), jnp.asarray(segments), 4).sum()
+
     touched = np.asarray(jax.grad(total)(jnp.asarray(hidden))).any(-1)
     ends = [(0, 2), (0, 4), (0, 5), (1, 7), (2, 7), (3, 1), (3, 5)]
     assert [tuple(at) for at in np.argwhere(touched)] == ends

@@ -60,7 +60,10 @@ def said() -> Said:
 
 def ours(said: Said) -> tuple[Batch, TokenOutputs]:
     """A completion a row, after one token of prompt."""
-    pad = lambda x: np.pad(x, ((0, 0), (1, 0)))  # noqa: E731
+
+    def pad(x):
+        return np.pad(x, ((0, 0), (1, 0)))
+
     segments, ids = np.ones((N, WIDTH + 1), np.int32), np.arange(N)[:, None]
     batch = Batch(
         segments, segments, segments, pad(said.mask), ids, 0 * ids,
@@ -74,7 +77,10 @@ def ours(said: Said) -> tuple[Batch, TokenOutputs]:
 def by_trl(trainer: Any, said: Said, inputs: dict[str, Any], **settings: Any) -> Any:
     """(loss, its gradient by the policy's log-probs, metrics) of a trainer's _compute_loss."""
     policy = torch.tensor(said.policy, requires_grad=True)
-    same = lambda x, **_: x  # noqa: E731
+
+    def same(x, **_):
+        return x
+
     made = SimpleNamespace(
         accelerator=SimpleNamespace(num_processes=1, gather=same, reduce=same, sync_gradients=True),
         model=SimpleNamespace(training=True), aux_loss_enabled=False, top_entropy_quantile=1.0,

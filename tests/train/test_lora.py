@@ -133,7 +133,10 @@ def test_only_what_is_trained_has_optimiser_state_and_decays_as_a_matrix(folder:
     assert "embedding" in frozen
     a = state.opt_state[0].mu["layers"]["0"]["attention"]["q_lora_a"]
     assert a.sharding.spec == jax.P(None, "fsdp", None)
-    path = lambda text: tuple(jax.tree_util.DictKey(x) for x in text.split("/"))  # noqa: E731
+
+    def path(text):
+        return tuple(jax.tree_util.DictKey(x) for x in text.split("/"))
+
     cfg = OptimConfig()
     assert decays(path("layers/0/attention/q_lora_a"), cfg)
     assert decays(path("layers/0/attention/q_lora_b"), cfg)

@@ -50,7 +50,10 @@ def held(folder: Path, trains: Rule, lora: LoraConfig | None = None) -> tuple[in
         tx = make_optimizer(OptimConfig(), 10)
         opt = jax.eval_shape(tx.init, trained)
         layout = state_shardings(opt, trained)
-        place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
+
+        def place(x, at):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+
         step = place(jnp.int32(0), sharding.replicated(mesh))
         before = TrainState(step, trained, jax.tree.map(place, opt, layout))
         rows = sharding.batch_sharding(mesh)

@@ -26,7 +26,10 @@ def test_a_live_copy_in_the_compute_dtype_says_the_same_to_the_bit(
     with jax.set_mesh(mesh):
         model = open_tiny(tmp_path, family, mesh, dtype="bfloat16")
         rng = np.random.default_rng(0)
-        noise = lambda p: p + jax.device_put(rng.normal(0, 0.1, p.shape), p.sharding)  # noqa: E731
+
+        def noise(p):
+            return p + jax.device_put(rng.normal(0, 0.1, p.shape), p.sharding)
+
         params = jax.tree.map(noise, nnx.to_pure_dict(model.state))  # or norms would be 1
         params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         tokens = jnp.asarray(rng.integers(0, 160, (4, 24)), jnp.int32)
