@@ -29,9 +29,11 @@ class Signal:
 
     rewards [N]: of each answer, NaN where nothing could score it (it gets no advantage, and no part
     in anybody's baseline). groups [N]: answers to one prompt have one number. Of each answer, per
-    token [n]: weights, 1 where the token was sampled and 0 where it is the prompt's or a tool's;
-    penalties, rewards of single tokens (a KL to the reference in the reward, negative where the
-    token costs), 0 where there are none; values, a critic's of what comes from the token on.
+    token [n]: weights, 1 where the token was sampled and is trained, 0 where it is the prompt's or
+    a tool's; penalties, rewards of sampled tokens (a KL to the reference in the reward, negative
+    where the token costs), 0 elsewhere; values, a critic's of what comes from the token on. An
+    answer that is not trained on has weights of 0 and penalties all the same: others are set
+    against its reward, and that is to be of one kind with theirs.
     """
 
     rewards: Float[np.ndarray, " N"]
@@ -41,15 +43,14 @@ class Signal:
     values: Sequence[np.ndarray] | None = None
 
     def totals(self) -> Float[np.ndarray, " N"]:
-        """float64: of each answer, its reward and the penalties of its sampled tokens."""
+        """float64: of each answer, its reward and the penalties of its tokens."""
         rewards = np.asarray(self.rewards, np.float64)
         if self.penalties is None:
             return rewards
-        pairs = zip(self.penalties, self.weights, strict=True)
-        return rewards + [np.asarray(p, np.float64)[w > 0].sum() for p, w in pairs]
+        return rewards + [np.asarray(p, np.float64).sum() for p in self.penalties]
 
     def token_rewards(self, rewards: Float[np.ndarray, " N"]) -> list[np.ndarray]:
-        """float64, of each answer's SAMPLED tokens alone, in order: the penalties, and on the last
+        """float64, of each answer's trained tokens alone, in order: the penalties, and on the last
         one the answer's reward. An answer without a reward, or without a token: no tokens."""
         made = []
         for i, weights in enumerate(self.weights):
@@ -93,13 +94,15 @@ class Advantage(Config):
 @dataclass(frozen=True)
 class GroupStats:
     """Of each answer [N], of its group's answers that have a reward: how many, sum, mean, standard
-    deviation (Bessel's correction; 0 of fewer than two), greatest less least."""
+    deviation (Bessel's correction; 0 of fewer than two), greatest less least; and the answer's own
+    reward less the mean: exactly 0 where those of its group are equal, however the mean is rounded,
+    NaN where it has none."""
 
     count: np.ndarray
-    total: np.ndarray
     mean: np.ndarray
     std: np.ndarray
     spread: np.ndarray
+    apart: np.ndarray
 
 
 def group_stats(rewards: Float[np.ndarray, " N"], groups: Int[np.ndarray, " N"]) -> GroupStats:
@@ -108,15 +111,17 @@ def group_stats(rewards: Float[np.ndarray, " N"], groups: Int[np.ndarray, " N"])
     there, size = ~np.isnan(rewards), int(of.max(initial=-1)) + 1
     known = np.where(there, rewards, 0.0)
     count = np.bincount(of, there, size)
-    total = np.bincount(of, known, size)
-    mean = np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
+    mean = np.divide(
+        np.bincount(of, known, size), count, out=np.full(size, np.nan), where=count > 0
+    )
     squares = np.bincount(of, np.where(there, (rewards - mean[of]) ** 2, 0.0), size)
     std = np.sqrt(squares / np.maximum(count - 1, 1))
     least, greatest = np.full(size, np.inf), np.full(size, -np.inf)
     np.minimum.at(least, of[there], rewards[there])
     np.maximum.at(greatest, of[there], rewards[there])
     spread = np.maximum(greatest - least, 0.0)
-    return GroupStats(count[of], total[of], mean[of], std[of], spread[of])
+    apart = np.where(spread[of] > FLAT, rewards - mean[of], np.where(there, 0.0, np.nan))
+    return GroupStats(count[of], mean[of], std[of], spread[of], apart)
 
 
 def without_signal(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-
 from posttrain.advantages.base import (
     EPS,
-    FLAT,
     Advantage,
     Advantages,
     Signal,
@@ -44,7 +41,9 @@ class GRPO(Advantage):
     def __call__(self, signal: Signal) -> Advantages:
         totals = signal.totals()
         stats = group_stats(totals, signal.groups)
-        advantages = np.where(stats.spread > FLAT, totals - stats.mean, 0.0)
+        advantages = stats.apart
         if self.scale != "none":
-            advantages /= (stats.std if self.scale == "group" else std_of(totals)) + EPS
+            advantages = advantages / (
+                (stats.std if self.scale == "group" else std_of(totals)) + EPS
+            )
         return of_answers(signal, advantages)

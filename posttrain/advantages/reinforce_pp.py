@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from posttrain.advantages.base import (
-    FLAT,
     Advantage,
     Advantages,
     Signal,
@@ -40,9 +39,7 @@ class ReinforcePP(Advantage):
     def __call__(self, signal: Signal) -> Advantages:
         rewards = np.asarray(signal.rewards, np.float64)
         if self.baseline:
-            stats = group_stats(rewards, signal.groups)
-            centred = np.where(stats.spread > FLAT, rewards - stats.mean, 0.0)
-            rewards = np.where(np.isnan(rewards), np.nan, centred)
+            rewards = group_stats(rewards, signal.groups).apart
         returns = [discounted(r, self.gamma) for r in signal.token_rewards(rewards)]
         whole = whitened(returns, [np.ones(len(r)) for r in returns])
         return Advantages(spread_out(whole, signal.weights))

@@ -6,7 +6,6 @@ import numpy as np
 
 from posttrain.advantages.base import (
     EPS,
-    FLAT,
     Advantage,
     Advantages,
     Signal,
@@ -41,9 +40,7 @@ class RLOO(Advantage):
     def __call__(self, signal: Signal) -> Advantages:
         totals = signal.totals()
         stats = group_stats(totals, signal.groups)
-        others = (stats.total - totals) / np.maximum(stats.count - 1, 1)
-        advantages = np.where(stats.spread > FLAT, totals - others, 0.0)
-        advantages = np.where(np.isnan(totals), np.nan, advantages)
+        advantages = stats.apart * stats.count / np.maximum(stats.count - 1, 1)
         if self.normalise:
             mean = float(np.nanmean(advantages)) if (~np.isnan(advantages)).any() else 0.0
             advantages = (advantages - mean) / (std_of(advantages) + EPS)

@@ -185,6 +185,8 @@ def _under(given: Any, keys: Mapping[str, Any]) -> Any:
 def _longest(given: Mapping[str, Any]) -> int:
     """sampling.max_new_tokens, where it is a number; if not, that is told where it is read."""
     sampling = given.get("sampling")
+    if isinstance(sampling, Sampling):
+        return sampling.max_new_tokens
     found = sampling.get("max_new_tokens") if isinstance(sampling, Mapping) else None
     return found if isinstance(found, int) else Sampling().max_new_tokens
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+from pydantic import model_validator
 
 from posttrain.config import semantic
 from posttrain.losses.policy_loss import PolicyLoss
@@ -33,8 +34,18 @@ class Clip(PolicyLoss):
     low: float = semantic(0.2, ge=0, le=1, help="r is clipped below at 1 - low")
     high: float = semantic(0.2, ge=0, help="and above at 1 + high")
     dual: float | None = semantic(
-        None, gt=1, help="greatest r of tokens with a negative advantage; none = no limit"
+        None,
+        help="greatest r of tokens with a negative advantage, above 1 + high; none = no limit",
     )
+
+    @model_validator(mode="after")
+    def _past_the_clip(self) -> Clip:
+        if self.dual is not None and self.dual <= 1 + self.high:
+            raise ValueError(
+                f"dual is {self.dual} and 1 + high {1 + self.high}: below that it would hold back "
+                "what the clip lets through"
+            )
+        return self
 
     def per_token(self, tokens: PolicyTokens) -> Float[Array, "B T"]:
         r, advantages = jnp.exp(tokens.log_ratios(self.ratio)), tokens.advantages

@@ -25,6 +25,14 @@ class Story:
     seen: list[str]
 
 
+def leave(cfg: Any, model: Model, story: Story, trained: Any, frozen: Any) -> None:
+    """The adapter of a run that trained one, and the whole model where that is asked for."""
+    if model.lora:
+        save_adapter(cfg, model, story, trained, frozen)
+    if cfg.export:
+        export(cfg, model, story, trained, frozen)
+
+
 def export(cfg: Any, model: Model, story: Story, trained: Any, frozen: Any) -> None:
     """<run_dir>/export: weights, config, tokenizer, template, generation config, model card.
 

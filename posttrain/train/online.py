@@ -267,15 +267,25 @@ class OnlineSource:
         return [self._cfg.kl.penalties(*tokens) for tokens in each]
 
     def _refuse_nothing(self, number: int, rollouts: Sequence[Rollout], kept: list[int]) -> None:
-        if len(kept) >= self._cfg.round.steps:
+        cfg = self._cfg
+        if len(kept) >= cfg.round.steps:
             return
         cut = sum(rollout.finish == "length" for rollout in rollouts)
         unscored = sum(bool(np.isnan(rollout.reward)) for rollout in rollouts)
+        why = []
+        if unscored:
+            why.append(
+                f"{unscored} could not be scored: each of {', '.join(cfg.rewards)} said that it "
+                "does not apply (`only`, or None of a function): add a part that judges them"
+            )
+        if cut and cfg.round.mask_truncated:
+            why.append(
+                f"{cut} were cut off at sampling.max_new_tokens={cfg.sampling.max_new_tokens}: "
+                "raise it, or set round.mask_truncated: false"
+            )
         raise ValueError(
             f"round {number}: {len(kept)} of {len(rollouts)} answers can be trained on, for "
-            f"{self._cfg.round.steps} steps ({cut} were cut off at sampling.max_new_tokens="
-            f"{self._cfg.sampling.max_new_tokens}, {unscored} could not be scored by any reward): "
-            "raise sampling.max_new_tokens, or set round.mask_truncated: false"
+            f"{cfg.round.steps} steps\n    " + "\n    ".join(why)
         )
 
     def _batch(self, made: Round, update: int) -> tuple[Batch, StepSize]:

@@ -29,7 +29,8 @@ def put(answers: Answers, layout: Layout, shape: Shape, mesh: jax.sharding.Mesh)
 
 class Passes:
     """Forward passes of one model. forward: of a head's budget; room: micro-batches of the largest
-    round. One program for each budget serves all parameters of that model."""
+    round. One program for each budget serves all parameters of that model; a critic's head has no
+    budget, and one program serves all rounds."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Passes:
         plain = Answers(answers.tokens, answers.weights, answers.sampled_logps)
         layout = lay_out(answers.lengths, answers.trained, self._shape, self._room)
         batch = replace(put(plain, layout, self._shape, self._mesh), sampled_logps=None)
-        program = self._programs(layout.budget)
+        program = self._programs(1 if self._values else layout.budget)
         said = [program(params, batch, number) for number in range(layout.live)]
         rows = np.stack(jax.device_get(said))
         return take_out(rows, layout.ids[: layout.live], answers.lengths)

@@ -28,7 +28,7 @@ from posttrain.sampling.request import Request, Sampling
 from posttrain.train import evaluate, loop
 from posttrain.train.config import EvalConfig, ReferenceSync
 from posttrain.train.evaluate import HeldOut
-from posttrain.train.export import Story, export, save_adapter
+from posttrain.train.export import Story, leave
 from posttrain.train.first_lines import say
 from posttrain.train.model import Model, open_model, use_compile_cache
 from posttrain.train.offline import OfflineSource, step_size
@@ -224,11 +224,7 @@ def _train(
         f"{name}: {', '.join(from_.paths)}, seen {plan.repeats[name]:.4g} times an epoch"
         for name, from_ in cfg.data.sources.items()
     ]
-    story = Story(plan.steps, seen)
-    if model.lora:
-        save_adapter(cfg, model, story, state.params, frozen)
-    if cfg.export:
-        export(cfg, model, story, state.params, frozen)
+    leave(cfg, model, Story(plan.steps, seen), state.params, frozen)
     return 0
 
 

@@ -27,7 +27,7 @@ from posttrain.train import loop
 from posttrain.train.answer_scores import score_functions
 from posttrain.train.answering import Answering
 from posttrain.train.evaluate_online import HeldOutPrompts
-from posttrain.train.export import Story, export, save_adapter
+from posttrain.train.export import Story, leave
 from posttrain.train.first_lines import say_online
 from posttrain.train.model import open_model, use_compile_cache
 from posttrain.train.online import Judges, OnlineSource
@@ -271,11 +271,7 @@ def _train(
     if preempted:
         return loop.PREEMPTED
     seen = f"{cfg.task.name}: {len(stream):,} prompts, {cfg.round.answers} answers to each"
-    story = Story(steps, [seen])
-    if model.lora:
-        save_adapter(cfg, model, story, state.params, frozen)
-    if cfg.export:
-        export(cfg, model, story, state.params, frozen)
+    leave(cfg, model, Story(steps, [seen]), state.params, frozen)
     return 0
 
 

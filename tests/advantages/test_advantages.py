@@ -38,7 +38,7 @@ def signal(**changes: Any) -> Signal:
         "rewards": REWARDS,
         "groups": GROUPS,
         "weights": weights,
-        "penalties": [rng.normal(size=k) * 0.1 for k in n],
+        "penalties": [rng.normal(size=len(w)) * 0.1 * w for w in weights],
         "values": [rng.normal(size=k) for k in n],
     }
     return Signal(**(given | changes))
@@ -212,6 +212,20 @@ def test_masked_mean_variance_and_whitening() -> None:
     assert masked_var(values, mask) == 0.5
     [found] = whitened([values], [mask])
     np.testing.assert_allclose(found, [0, -(0.5**0.5), 0.5**0.5, 0], rtol=1e-6)
+
+
+def test_an_answer_that_is_not_trained_on_is_weighed_with_its_penalties_all_the_same() -> None:
+    """Cut off and masked: the others' baseline is of rewards with penalties, or of none."""
+    whole, given = signal(), signal()
+    masked = Signal(
+        given.rewards, given.groups, [np.zeros_like(given.weights[0]), *given.weights[1:]],
+        given.penalties, given.values,
+    )  # fmt: skip
+    for made in (GRPO(), RLOO(), Reinforce()):
+        want, found = made(whole).advantages, made(masked).advantages
+        assert not found[0].any()
+        for a, b in zip(found[1:], want[1:], strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_groups_without_signal() -> None:

@@ -259,6 +259,9 @@ def test_needs_and_settings() -> None:
         Correction(low=3)
     with pytest.raises(ValueError, match="low must be below high"):
         CISPO(low=6)
+    assert Clip(high=0.28, dual=3).dual == 3
+    with pytest.raises(ValueError, match=r"dual is 1\.2 and 1 \+ high 1\.28"):
+        Clip(high=0.28, dual=1.2)
     for made in (*POLICY_LOSSES.values(), *VALUE_LOSSES.values()):
         assert "Source:" in (made.__doc__ or "")
 

@@ -180,6 +180,30 @@ def test_passes_say_of_each_answer_what_the_model_says_of_it_alone(tmp_path: Pat
             np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+def test_a_critic_is_compiled_once_however_much_is_trained(tmp_path: Path) -> None:
+    mesh, asked = mesh_of(*MESH), []
+    with jax.set_mesh(mesh):
+        open_tiny(tmp_path, "llama", mesh)
+        named = ModelConfig(path=str(tmp_path), dtype="float32", random_init=True)
+        critic = open_model(named, mesh, head="value", new_head=True)
+        made = forwards(critic, mesh, None)
+
+        def forward(budget: int) -> Forward:
+            asked.append(budget)
+            return made(budget)
+
+        says = Passes(forward, SHAPE, mesh, SHAPE.micro_batches(9), values=True)
+        params, whole = nnx.to_pure_dict(critic.state), answers()
+        few = dataclasses.replace(
+            whole, weights=[w * (np.arange(len(w)) < 5) for w in whole.weights]
+        )
+        layouts = [lay_out(a.lengths, a.trained, SHAPE, 9).budget for a in (whole, few)]
+        assert layouts[0] != layouts[1]
+        for a, b in zip(says(params, whole), says(params, few), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(asked) == 1
+
+
 def test_micro_batches_that_stay_empty_change_no_step_and_a_critic_learns_beside_the_policy(
     tmp_path: Path,
 ) -> None:

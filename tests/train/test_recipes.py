@@ -13,6 +13,7 @@ from posttrain.jobs.rl import Config
 from posttrain.losses.cispo import CISPO
 from posttrain.losses.policy_loss import PolicyLoss
 from posttrain.losses.policy_tokens import PolicyTokens
+from posttrain.sampling.request import Sampling
 from posttrain.train.first_lines import policy_lines
 from posttrain.train.recipes import RECIPES
 
@@ -63,6 +64,9 @@ def test_dapo_punishes_answers_near_the_limit() -> None:
     part = made.rewards["overlong"]
     assert (part.max_length, part.cache) == (100, 20)
     assert list(made.rewards)[-1] == "overlong", "beside the task's own"
+    given: Any = {"model": {"path": "m"}, "task": {"type": "countdown"}, "preset": "dapo"}
+    short: Any = Config(**given, sampling=Sampling(max_new_tokens=50)).rewards["overlong"]
+    assert (short.max_length, short.cache) == (50, 10), "of a section that is made already, too"
     own = ["rewards.overlong.type=overlong", "rewards.overlong.cache=3"]
     mine: Any = config("preset=dapo", "rewards.overlong.max_length=7", *own)
     assert mine.rewards["overlong"].max_length == 7
