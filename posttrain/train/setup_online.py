@@ -14,10 +14,13 @@ import jax
 from flax import nnx
 
 from posttrain import checkpoint, optim, sharding
+from posttrain.chat.tokenizer import Tokenizer
 from posttrain.checkpoint import Checkpoints, is_primary
 from posttrain.config import ConfigError, plain_dict
 from posttrain.losses.kl import objective
 from posttrain.metrics import Writer
+from posttrain.models import read_spec
+from posttrain.models.folder import local_folder
 from posttrain.models.nested import join
 from posttrain.rewards.scorer import Scorer
 from posttrain.sampling.engine import Engine
@@ -84,6 +87,8 @@ def _run(cfg: Any, devices: Sequence[Any] | None, make_engine: EngineMaker) -> i
             parts.split(parts.model.params)  # refuses patterns that name nothing
             refuse_long_rows("round.seq_len", cfg.round.seq_len, model)
             refuse_what_has_no_use(cfg, mesh, model, ("round.seq_len", cfg.round.seq_len))
+            if cfg.critic is not None and cfg.critic.path:
+                refuse_another_vocabulary(cfg, model.tokenizer)
             stream = PromptStream(prompts, cfg.seed, shuffled=cfg.round.order == "shuffle")
             steps = _length(cfg, len(prompts))
             shape = _shape(parts, stream, held_out, tools, steps)
@@ -167,6 +172,34 @@ def _forward(parts: Parts, loss: Any) -> Callable[[int], Forward]:
         )
 
     return made
+
+
+def refuse_another_vocabulary(cfg: Any, policy: Tokenizer) -> None:
+    """ConfigError with all that keeps the model of critic.path from reading the policy's ids."""
+    folder = local_folder(cfg.critic.path)
+    critic, room = Tokenizer.load(folder), read_spec(folder).max_positions
+    if cfg.model.new_tokens:
+        critic = critic.with_added_tokens(list(cfg.model.new_tokens))
+    wrong = []
+    # one token more, as a reward model's for padding, is in nobody's way
+    other = [
+        i for i in range(policy.size) if i >= critic.size or critic.token(i) != policy.token(i)
+    ]
+    if other:
+        first = other[0]
+        wrong.append(
+            f"{len(other):,} of the policy's {policy.size:,} token ids stand for another token or "
+            f"none there, the first {first}: {policy.token(first)!r} here, "
+            f"{critic.token(first) if first < critic.size else ''!r} there"
+        )
+    if cfg.round.seq_len > room:
+        wrong.append(f"its context is {room}, and round.seq_len {cfg.round.seq_len}")
+    if wrong:
+        raise ConfigError(
+            f"critic.path {folder} cannot judge what the policy writes: "
+            + "; ".join(wrong)
+            + ": name a model of the policy's kind"
+        )
 
 
 def _critic(parts: Parts) -> tuple[Critic, Any] | None:
