@@ -17,7 +17,7 @@ import pytest
 
 pytestmark = pytest.mark.soak
 
-SEEDS = (3, 4, 5)  # the defaults were chosen on 0, 1 and 2
+SEEDS = (6, 7, 8)  # no setting of the demo was chosen on them
 FEW_ROUNDS = 20  # fewer, and one seed is enough
 
 BASE = ("base, plain text", "base, chat")

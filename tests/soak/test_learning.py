@@ -31,7 +31,7 @@ from posttrain.jobs import demo
 
 pytestmark = pytest.mark.soak
 
-SEEDS = (3, 4, 5)  # the defaults of the demo were chosen on 0, 1 and 2
+SEEDS = (6, 7, 8)  # no setting of the demo was chosen on them
 FEW_ROUNDS = 20
 HELD_OUT = 512  # sums
 # sections of the demo's last stage that a method has otherwise; None: as its recipe has it
