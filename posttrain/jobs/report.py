@@ -48,8 +48,8 @@ def run(cfg: Config, action: str) -> int:
     if step not in files:
         raise ConfigError(f"step {step}: answers are there of steps {', '.join(map(str, files))}")
     groups = {k: rollouts.read(file, cfg.sort) for k, file in files.items()}
-    rollouts.show(Console(), step, groups[step], cfg.show)
-    page = cfg.page or cfg.run / "rollouts.html"
+    page = cfg.page or cfg.run / "rollouts.html"  # first: who reads on may close the terminal
     page.write_text(rollouts.page(cfg.run, groups, cfg.groups), encoding="utf-8")
+    rollouts.show(Console(), step, groups[step], cfg.show)
     print(f"{len(files)} steps as a page: {page}")
     return 0

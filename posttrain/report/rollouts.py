@@ -49,9 +49,8 @@ def steps_of(run: Path, *, held_out: bool) -> dict[int, Path]:
     if not found:
         kind = "held-out answers" if held_out else "answers"
         raise ConfigError(
-            f"run {run}: no {kind} in {run / 'rollouts'}: `posttrain rl` writes those of every "
-            "rollouts.every-th round"
-            + (" and of evaluations (held_out=true)" if not held_out else "")
+            f"run {run}: no {kind} in {run / 'rollouts'}: `posttrain rl` writes those of "
+            + ("evaluations (eval.prompts)" if held_out else "every rollouts.every-th round")
         )
     return dict(sorted(found.items()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import model_validator
@@ -140,8 +141,9 @@ def as_object(value: Any) -> Mapping[str, Any]:
 def texts(row: Mapping[str, Any], *names: str) -> tuple[str, ...]:
     """The columns, each a text that is not empty. RowError with all that are none."""
     problems = [found for name in names if (found := text_problem(row.get(name), name))]
+    has = f" (the row has {', '.join(map(str, row)) or 'no columns'})"
     if problems:
-        raise RowError(problems)
+        raise RowError([p if p.field in row else replace(p, found=p.found + has) for p in problems])
     return tuple(row[name] for name in names)
 
 

@@ -39,9 +39,9 @@ class JSONL(FileTask):
             if part not in PARTS:
                 hint = did_you_mean(part, PARTS) or f"; known: {', '.join(PARTS)}"
                 raise ValueError(f"unknown part {part!r}{hint}")
-        if ("question" in fields) == ("messages" in fields):
+        if "question" in fields and "messages" in fields:
             raise ValueError("name one of question and messages: it is what is asked")
-        return fields
+        return fields if "messages" in fields else {"question": "question", **fields}
 
     def read(self, row: Mapping[str, Any]) -> Question:
         problems: list[Problem] = []

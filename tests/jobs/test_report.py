@@ -105,6 +105,8 @@ def test_other_steps_and_held_out_answers(run: Path, capsys: pytest.CaptureFixtu
 def test_what_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "rollouts", str(tmp_path)]) == 2
     assert "no answers in" in capsys.readouterr().err
+    assert cli.main(["report", "rollouts", str(tmp_path), "held_out=true"]) == 2
+    assert "writes those of evaluations (eval.prompts)" in capsys.readouterr().err
     assert cli.main(["report", "rollouts", "a", "b"]) == 2
     assert "'b' is neither" in capsys.readouterr().err
     file = tmp_path / "rollouts" / "3.jsonl"

@@ -105,7 +105,7 @@ def test_everything_bad_is_told_at_once(tmp_path):
         TASKS["gsm8k"](path=str(path)).prompts("train")
     said = str(error.value)
     assert said.startswith("5 of 6 rows are bad:")
-    assert f"{path}:2: answer: missing or null -> give it a text" in said
+    assert f"{path}:2: answer: missing or null (the row has question) -> give it a text" in said
     assert f"{path}:3: question: empty text" in said
     assert f"{path}:3: answer: wrong type: int 7 -> make it a string" in said
     assert f"{path}:4: line: bad JSON" in said

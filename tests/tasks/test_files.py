@@ -316,6 +316,7 @@ def test_own_columns_that_are_wrong(of):
     assert "rows.jsonl:2: m: the last message is of role assistant: it asks nothing" in said
     assert "rows.jsonl:3: m: wrong type: int 3" in said
     assert "rows.jsonl:4: a: missing field (the row has m)" in said
-    for wrong in ({"answer": "a"}, {"question": "q", "messages": "m"}, {"qestion": "q"}):
+    assert of("jsonl", fields={"answer": "a"}).fields == {"question": "question", "answer": "a"}
+    for wrong in ({"question": "q", "messages": "m"}, {"qestion": "q"}):
         with pytest.raises(ValueError, match=r"name one of|did you mean 'question'"):
             of("jsonl", fields=wrong)
