@@ -203,7 +203,10 @@ class ChatTemplate:
         """Nothing but an assistant's thinking may be missing from the text."""
         for lost in part.lost:
             if lost.message == NOBODY:
-                raise ChatError("the template drops the tools", part.trace.text)
+                raise ChatError(
+                    "the template drops the tools (chat.template names another: a file, chatml)",
+                    part.trace.text,
+                )
             role, message = part.roles[lost.message], part.messages[lost.message]
             thought = lost.field == "reasoning_content" or "</think>" in str(message["content"])
             if role != "assistant" or not thought:

@@ -23,7 +23,7 @@ from posttrain.rewards.total import Shaping, check, combine
 from posttrain.types import Rollout
 
 
-class RewardError(RuntimeError):
+class RewardError(ValueError):
     """A reward failed; says which, and on which prompt."""
 
 

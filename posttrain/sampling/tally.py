@@ -82,7 +82,17 @@ def told(lines: Sequence[Line]) -> list[str]:
     for name, (mean, error) in table.items():
         spread = "" if math.isnan(error) else f" ± {error:.4f}"
         out.append(f"  {name:<{width}}  {mean:.4f}{spread}")
-    return out
+    return out + [
+        f"  rewards/{name} applied to {count:,} of {answers:,} answers"
+        for name in dict.fromkeys(name for line in lines for name in line["rewards"])
+        if (count := _known(lines, name)) < answers
+    ]
+
+
+def _known(lines: Sequence[Line], name: str) -> int:
+    """Answers that a part of the rewards applies to."""
+    given = [value for line in lines for value in line["rewards"].get(name, ())]
+    return sum(value is not None for value in given)
 
 
 def kept(lines: Sequence[Line]) -> list[str]:

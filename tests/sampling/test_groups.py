@@ -175,6 +175,8 @@ def test_figures_are_means_over_prompts():
     said = told(lines)
     assert said[0] == "3 prompts, 9 answers of 3.0 tokens on average, 0 cut off"
     assert "  pass@1           0.3333 ± 0.3333" in said
+    assert said[-1] == "  rewards/correct applied to 6 of 9 answers"
+    assert told(lines[:2])[-1].startswith("  best@3"), "to all of them: not worth a word"
 
 
 def test_what_became_of_the_answers_is_said():
