@@ -1,8 +1,9 @@
 """The keys and values of what a layer has read, and the attention of one token more to them.
 
-A cache holds keys and values in pieces [B, K, s, H] that grow with what lies before them: pieces
-beyond the longest sequence are not looked at, and none is copied to be looked at. A layer that sees
-a window keeps that alone, as a ring: position p lies in slot p mod S.
+A cache holds keys in pieces [B, K, H, s] and values in pieces [B, K, s, H], so that both products
+run along memory. Pieces grow with what lies before them: those beyond the longest sequence are not
+looked at, and none is copied to be looked at. A layer that sees a window keeps that alone, as a
+ring: position p lies in slot p mod S.
 Shape suffixes: B rows, P positions, S slots, N query heads, K key/value heads, G query heads of a
 key head, H head_dim.
 """
@@ -23,6 +24,9 @@ CHUNK = 128
 AXES = ("batch", "kv_heads", None, None)
 """The logical dims of a piece."""
 _NEGATIVE = -1e30  # a masked score: exp gives exactly 0
+
+KEYS, VALUES = 3, 2
+"""The dim of slots in a piece of keys, of values."""
 
 Pieces = tuple[jax.Array, ...]
 
@@ -46,11 +50,11 @@ def cut(slots: int) -> list[tuple[int, int]]:
     return found
 
 
-def to_cache(x_BPKH: jax.Array, lengths_B: jax.Array, window: int | None) -> jax.Array:
-    """Keys or values of whole prompts as a cache holds them, in one piece [B, K, slots, H]: the
-    first P of its slots, or the whole ring.
+def to_cache(x_BPKH: jax.Array, lengths_B: jax.Array, window: int | None, dim: int) -> jax.Array:
+    """Keys or values of whole prompts as a cache holds them, in one piece: the first P of its
+    slots, or the whole ring.
 
-    lengths_B: how many of the positions are real.
+    lengths_B: how many of the positions are real. dim: KEYS or VALUES.
     """
     positions = x_BPKH.shape[1]
     slots = cache_slots(positions, window)
@@ -58,16 +62,17 @@ def to_cache(x_BPKH: jax.Array, lengths_B: jax.Array, window: int | None) -> jax
         last = lengths_B[:, None] - 1
         held = last - (last - jnp.arange(slots)) % slots  # the last position that falls on a slot
         x_BPKH = jnp.take_along_axis(x_BPKH, jnp.maximum(held, 0)[:, :, None, None], axis=1)
-    return constrain(x_BPKH.swapaxes(1, 2), AXES)
+    return constrain(jnp.moveaxis(x_BPKH, 1, dim), AXES)
 
 
-def write(pieces: Pieces, x_B1KH: jax.Array, at_B: jax.Array) -> Pieces:
-    """The cache with the token at each row's position at_B in it."""
-    places = cut(sum(piece.shape[2] for piece in pieces))
+def write(pieces: Pieces, x_B1KH: jax.Array, at_B: jax.Array, dim: int) -> Pieces:
+    """The cache of KEYS or VALUES (dim) with the token at each row's position at_B in it."""
+    places = cut(sum(piece.shape[dim] for piece in pieces))
     slots = at_B % sum(size for _, size in places)
+    where = (slice(None),) * (dim - 1)
 
-    def one(row_KsH: jax.Array, x_1KH: jax.Array, slot: jax.Array) -> jax.Array:
-        return row_KsH.at[:, slot].set(x_1KH[0], mode="drop")
+    def one(row: jax.Array, x_1KH: jax.Array, slot: jax.Array) -> jax.Array:
+        return row.at[*where, slot].set(x_1KH[0], mode="drop")
 
     return tuple(
         constrain(
@@ -100,16 +105,16 @@ def cached_attention(
     heads = keys[0].shape[1]
     q_BKGH = q.reshape(q.shape[0], heads, -1, q.shape[3])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    places = cut(sum(piece.shape[2] for piece in keys))
+    places = cut(sum(piece.shape[KEYS] for piece in keys))
     slots = sum(size for _, size in places)
 
     def add(carry: Any, k: jax.Array, v: jax.Array, start: int) -> Any:
         most, total, out = carry
-        behind = (at[:, None] - start - jnp.arange(k.shape[2])) % slots
+        behind = (at[:, None] - start - jnp.arange(k.shape[KEYS])) % slots
         visible = behind <= at[:, None]
         if window is not None:
             visible &= behind < window
-        scores = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkgh,bkhs->bkgs", q_BKGH, k, preferred_element_type=jnp.float32)
         scores = soft_cap(scores * factor, softcap)
         scores = jnp.where(visible[:, None, None], scores, _NEGATIVE)
         top = jnp.maximum(most, scores.max(-1))

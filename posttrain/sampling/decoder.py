@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 
 from posttrain.models import kv_cache
 from posttrain.models.head import soft_cap
+from posttrain.models.kv_cache import KEYS, VALUES
 from posttrain.models.layers import rope_tables, segment_attend
 from posttrain.models.quantized import dense
 from posttrain.models.spec import LayerKind, Spec
@@ -146,9 +147,11 @@ class _Network:
         """float32 [B, V]; padding rows of the vocabulary at -inf."""
         kernel = self.trunk.head_kernel().astype(hidden_BD.dtype)
         logits = jnp.einsum("bd,dv->bv", hidden_BD, kernel, preferred_element_type=jnp.float32)
-        real = jnp.arange(logits.shape[1]) < self.spec.vocab_size
         logits = soft_cap(logits, self.spec.final_softcap)
-        return constrain(jnp.where(real, logits, -jnp.inf), ("batch", None))
+        if logits.shape[1] > self.spec.vocab_size:
+            real = jnp.arange(logits.shape[1]) < self.spec.vocab_size
+            logits = jnp.where(real, logits, -jnp.inf)
+        return constrain(logits, ("batch", None))
 
 
 @functools.partial(jax.jit, static_argnames="static")
@@ -164,8 +167,8 @@ def prefill(
     caches: dict[int, tuple[jax.Array, jax.Array]] = {}
 
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array, kind: LayerKind) -> jax.Array:
-        k_cache, v_cache = (kv_cache.to_cache(x, lengths_R, kind.window) for x in (k, v))
-        caches[i] = (k_cache, v_cache)
+        kept = functools.partial(kv_cache.to_cache, lengths_B=lengths_R, window=kind.window)
+        caches[i] = kept(k, dim=KEYS), kept(v, dim=VALUES)
         return own(q, k, v, kind)
 
     hidden = network.hidden(tokens_RP, positions, attend)
@@ -184,12 +187,15 @@ def prefill(
 def empty(slots: int, length: int, spec: Spec, dtype: Any) -> Rows:
     """Slots with room for `length` tokens each, a multiple of kv_cache.CHUNK."""
 
-    def cache(kind: LayerKind) -> kv_cache.Pieces:
-        sizes = [size for _, size in kv_cache.cut(kv_cache.cache_slots(length, kind.window))]
-        shapes = [(slots, spec.kv_heads, size, spec.head_dim) for size in sizes]
-        return tuple(constrain(jnp.zeros(shape, dtype), kv_cache.AXES) for shape in shapes)
+    def cache(kind: LayerKind) -> tuple[kv_cache.Pieces, kv_cache.Pieces]:
+        def zeros(*shape: int) -> jax.Array:
+            return constrain(jnp.zeros((slots, spec.kv_heads, *shape), dtype), kv_cache.AXES)
 
-    caches = tuple((cache(kind), cache(kind)) for kind in spec.kinds)
+        sizes = [size for _, size in kv_cache.cut(kv_cache.cache_slots(length, kind.window))]
+        keys = tuple(zeros(spec.head_dim, size) for size in sizes)
+        return keys, tuple(zeros(size, spec.head_dim) for size in sizes)
+
+    caches = tuple(map(cache, spec.kinds))
     shape = (slots, spec.vocab_rows)
     logits, seen = jnp.zeros(shape), jnp.zeros(shape, jnp.uint8)
     return Rows(caches, *(constrain(x, ("batch", None)) for x in (logits, seen)))
@@ -240,17 +246,21 @@ def place(rows: Rows, read: Rows, moves: jax.Array, counts: jax.Array) -> Rows:
             def put(old: jax.Array, new: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_update_slice(old, new, (slot,) + (0,) * (old.ndim - 1))
 
-            def put_all(pieces: kv_cache.Pieces, new: jax.Array) -> kv_cache.Pieces:
+            def put_all(pieces: kv_cache.Pieces, new: jax.Array, dim: int) -> kv_cache.Pieces:
                 """A prompt may be padded beyond what a slot has room for, or not reach a piece."""
-                places = kv_cache.cut(sum(piece.shape[2] for piece in pieces))
-                parts = [new[:, :, start : start + size] for start, size in places]
+                places = kv_cache.cut(sum(piece.shape[dim] for piece in pieces))
+                before = (slice(None),) * dim
+                parts = [new[*before, start : start + size] for start, size in places]
                 return tuple(
-                    put(old, part) if part.shape[2] else old
+                    put(old, part) if part.shape[dim] else old
                     for old, part in zip(pieces, parts, strict=True)
                 )
 
             return Rows(
-                tuple(tuple(map(put_all, *b)) for b in zip(rows.caches, one.caches, strict=True)),
+                tuple(
+                    (put_all(keys, k, KEYS), put_all(values, v, VALUES))
+                    for (keys, values), (k, v) in zip(rows.caches, one.caches, strict=True)
+                ),
                 put(rows.logits, one.logits),
                 put(rows.seen, one.seen),
             )
@@ -317,8 +327,8 @@ def _advanced(
     spec, caches = network.spec, list(rows.caches)
 
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array, kind: LayerKind) -> jax.Array:
-        keys = kv_cache.write(caches[i][0], k, lengths_B)
-        values = kv_cache.write(caches[i][1], v, lengths_B)
+        keys = kv_cache.write(caches[i][0], k, lengths_B, KEYS)
+        values = kv_cache.write(caches[i][1], v, lengths_B, VALUES)
         caches[i] = (keys, values)
         return kv_cache.cached_attention(
             q,

@@ -327,8 +327,7 @@ def test_cached_attention_is_the_last_row_of_the_whole(
     at, window = 77, RULES[rules].get("window")
     q, where = whole["q"][:, at : at + 1], jnp.array([at], jnp.int32)
     k, v = (
-        to_cache(whole[name], where + 1, window, dim)
-        for name, dim in (("k", KEYS), ("v", VALUES))
+        to_cache(whole[name], where + 1, window, dim) for name, dim in (("k", KEYS), ("v", VALUES))
     )
     last = cached_attention(q, (k,), (v,), where, jnp.int32(at + 1), **RULES[rules])
     want = definition(case, **RULES[rules])["forward"][1, at]

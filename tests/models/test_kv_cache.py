@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain.models.kv_cache import CHUNK, cache_slots, cached_attention, cut, to_cache, write
+from posttrain.models.kv_cache import (
+    CHUNK,
+    KEYS,
+    VALUES,
+    cache_slots,
+    cached_attention,
+    cut,
+    to_cache,
+    write,
+)
 
 LENGTH, STEPS, PROMPT = 5 * CHUNK, 90, 256
 READ = np.array([200, 1, 110])  # tokens of each row's prompt; three rows, padded to PROMPT
@@ -39,21 +48,23 @@ def test_a_token_sees_what_it_may_and_nothing_else(window: int | None) -> None:
     q, k, v = (rng.normal(size=(3, PROMPT + STEPS, n, H)).astype(np.float32) for n in (K * G, K, K))
     slots = cache_slots(LENGTH, window)
 
-    def start(x: np.ndarray) -> Any:
-        read = np.asarray(to_cache(jnp.asarray(x[:, :PROMPT]), jnp.asarray(READ), window))
-        room = np.full((3, K, slots, H), 1e3, np.float32)
-        room[:, :, : read.shape[2]] = read[:, :, :slots]
-        return tuple(jnp.asarray(room[:, :, at : at + size]) for at, size in cut(slots))
+    def start(x: np.ndarray, dim: int) -> Any:
+        read = to_cache(jnp.asarray(x[:, :PROMPT]), jnp.asarray(READ), window, dim)
+        read = np.moveaxis(np.asarray(read), dim, 0)
+        room = np.full((slots, 3, K, H), 1e3, np.float32)
+        room[: len(read)] = read[:slots]
+        pieces = (room[at : at + size] for at, size in cut(slots))
+        return tuple(jnp.asarray(np.moveaxis(piece, 0, dim)) for piece in pieces)
 
     def step(carry: Any, _: None) -> Any:
         keys, values, at = carry
         now = [jnp.take_along_axis(x, at[:, None, None, None], axis=1) for x in (q, k, v)]
-        keys, values = write(keys, now[1], at), write(values, now[2], at)
+        keys, values = write(keys, now[1], at, KEYS), write(values, now[2], at, VALUES)
         longest = at.max() + 1
         out = cached_attention(now[0], keys, values, at, longest, window=window)
         return (keys, values, at + 1), out[:, 0]
 
-    first = (start(k), start(v), jnp.asarray(READ))
+    first = (start(k, KEYS), start(v, VALUES), jnp.asarray(READ))
     _, found = jax.jit(lambda first: jax.lax.scan(step, first, None, length=STEPS))(first)
     for row, read in enumerate(READ):
         for i in (0, 40, STEPS - 1):
