@@ -71,7 +71,7 @@ def draw(
     logits_BV: float32, -inf where there is no token. seen_BV: uint8, IN_PROMPT and IN_ANSWER.
     """
     x = changed(logits_BV, seen_BV, choice, uses)
-    best = _first_true(x == x.max(-1, keepdims=True)).astype(jnp.int32)
+    best = most_probable(x)
 
     def drawn(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         greedy = choice.temperature == 0
@@ -85,8 +85,10 @@ def draw(
     return Drawn(token, logp, _at(logits_BV, token) - jax.nn.logsumexp(logits_BV, -1))
 
 
-def _at(x_BV: jax.Array, token_B: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(x_BV, token_B[:, None], axis=1)[:, 0]
+def _at(x: jax.Array, places_B: jax.Array) -> jax.Array:
+    """Each row's x[place]."""
+    places = places_B.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, places, axis=1)[:, 0]
 
 
 def changed(logits_BV: jax.Array, seen_BV: jax.Array, choice: Choice, uses: Uses) -> jax.Array:
@@ -99,12 +101,12 @@ def changed(logits_BV: jax.Array, seen_BV: jax.Array, choice: Choice, uses: Uses
         answered = (seen_BV & IN_ANSWER) > 0
         return jnp.where(answered, x - choice.presence_penalty[:, None], x)
 
-    def biased(x: jax.Array) -> jax.Array:
+    def both(x: jax.Array) -> jax.Array:
+        """What a row does not ask for changes nothing: a step left out would be a copy more."""
         rows = jnp.arange(x.shape[0])[:, None]
-        return x.at[rows, choice.biased].add(choice.bias, mode="drop")
+        return penalised(x).at[rows, choice.biased].add(choice.bias, mode="drop")
 
-    x = _where_used(uses.penalties, penalised, logits_BV)
-    return _where_used(uses.bias, biased, x)
+    return _where_used(uses.penalties | uses.bias, both, logits_BV)
 
 
 def _where_used(used: Any, step: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -156,16 +158,30 @@ def _from(x: jax.Array, edge: jax.Array, used: jax.Array) -> jax.Array:
 def pick(p_BV: jax.Array, u_B: jax.Array) -> jax.Array:
     """int32 [B]: the token that u in [0, 1) falls on where all lie side by side, each as wide as
     its p >= 0 (of any sum). By blocks first; a token of p 0 is never picked."""
-    rows, vocab = p_BV.shape
-    p = jnp.pad(p_BV, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+    p = _in_blocks(p_BV, 0)
     blocks = p.sum(-1)
     ends = jnp.cumsum(blocks, -1)
     target = u_B * ends[:, -1]
     block = _first(ends, target, blocks)
     before = jnp.where(block > 0, _at(ends, jnp.maximum(block - 1, 0)), 0.0)
-    inside = jnp.take_along_axis(p, block[:, None, None], axis=1)[:, 0]
+    inside = _at(p, block)
     place = _first(jnp.cumsum(inside, -1), target - before, inside)
     return (block * _BLOCK + place).astype(jnp.int32)
+
+
+def most_probable(x_BV: jax.Array) -> jax.Array:
+    """int32 [B]: the first of the greatest. By blocks, so that x is gone through once."""
+    x = _in_blocks(x_BV, -jnp.inf)
+    blocks = x.max(-1)
+    most = blocks.max(-1, keepdims=True)
+    block = _first_true(blocks == most)
+    return (block * _BLOCK + _first_true(_at(x, block) == most)).astype(jnp.int32)
+
+
+def _in_blocks(x_BV: jax.Array, blank: float) -> jax.Array:
+    rows, vocab = x_BV.shape
+    padded = jnp.pad(x_BV, ((0, 0), (0, -vocab % _BLOCK)), constant_values=blank)
+    return padded.reshape(rows, -1, _BLOCK)
 
 
 def _first(ends: jax.Array, target: jax.Array, width: jax.Array) -> jax.Array:
