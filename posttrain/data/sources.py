@@ -212,12 +212,6 @@ def read_blocks(cfg: SourceConfig, files: list[str] | None = None) -> Iterator[B
                 return
 
 
-def read_rows(cfg: SourceConfig) -> Iterator[Row]:
-    """The source's rows, parsed, each with file and number."""
-    for block in read_blocks(cfg):
-        yield from block.rows()
-
-
 def _read_file(file: str) -> Iterator[Block]:
     from etils import epath
 

@@ -9,8 +9,8 @@ import pytest
 from posttrain.data.config import SourceConfig
 from posttrain.data.formats import FORMATS, Format, find_format, get_format
 from posttrain.data.rows import RowError
-from posttrain.data.sources import read_rows
 from posttrain.types import Conversation, Text
+from tests.data.rows import read_rows
 
 CFG = SourceConfig(path="x.jsonl")
 USER = {"role": "user", "content": "What is 2+2?"}

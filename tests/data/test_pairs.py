@@ -17,8 +17,8 @@ from posttrain.data.formats import (
     ultrafeedback,
 )
 from posttrain.data.rows import RowError
-from posttrain.data.sources import read_rows
 from posttrain.types import Conversation, Pair, Text
+from tests.data.rows import read_rows
 
 USER = {"role": "user", "content": "What is 2+2?"}
 GOOD = {"role": "assistant", "content": "4"}

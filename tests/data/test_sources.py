@@ -16,7 +16,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from posttrain.data import hub, sources
 from posttrain.data.config import SourceConfig
-from posttrain.data.sources import Block, find_files, read_blocks, read_rows
+from posttrain.data.sources import Block, find_files, read_blocks
+from tests.data.rows import read_rows
 
 ROWS = [{"question": f"q{i} é\u2028", "answer": f"a{i}", "n": i} for i in range(700)]
 JSONL = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in ROWS)
