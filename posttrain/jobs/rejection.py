@@ -8,7 +8,8 @@ model, seed, sampling. At the end it says what was kept and why the rest was not
 pass@k, maj@n (majority vote) and best@n (the answer with the highest reward).
 
 Rows are written prompt by prompt. Killed at any point and started again, the command goes on after
-the last prompt that is whole in <out>.progress, and the file is the same as without the kill.
+the last prompt that is whole in <out>.progress, and the file is the same as without the kill;
+by other weights or another config it is not gone on with.
 With a section `server`, a server that speaks OpenAI's protocol answers instead of a model here. It
 leaves out training: feed the file to `posttrain sft`.
 
@@ -103,6 +104,11 @@ class Answering(Section):
         if self.right and self.right not in self.rewards:
             hint = did_you_mean(self.right, list(self.rewards)) or ""
             raise ValueError(f"right: no part of rewards is {self.right!r}{hint}")
+        if self.sampling.temperature == 0 and self.n > 1 and self.server is None:
+            raise ValueError(
+                f"sampling.temperature is 0: all n={self.n} answers to a prompt would be the same: "
+                "set n: 1, or a temperature"
+            )
         batch = [name for name, part in self.rewards.items() if part.zscore == "batch"]
         if batch or "batch" in (self.shaping.parts, self.shaping.total):
             raise ValueError(
@@ -136,6 +142,8 @@ class Answerer:
     chat: ChatTemplate
     context: int | None
     tools: Mapping[str, Tool]
+    weights: str = ""
+    """A fingerprint, for a job that may go on later; "" of a server's."""
 
 
 def run(cfg: Config) -> int:
@@ -193,6 +201,7 @@ def open_answerer(cfg: Answering, prompts: Sequence[Prompt]) -> Answerer:
     from posttrain.sampling.groups import refuse
     from posttrain.sharding import make_mesh
     from posttrain.train.model import open_model, use_compile_cache
+    from posttrain.train.reference_store import fingerprint as fingerprint_of
 
     try:
         tools = open_tools(cfg.tools, cfg.task.tools)
@@ -211,9 +220,10 @@ def open_answerer(cfg: Answering, prompts: Sequence[Prompt]) -> Answerer:
             raise ConfigError(f"seq_len is {cfg.seq_len}, and the model's context is {room}")
         context = cfg.seq_len or room
         refuse(prompts, model.chat, cfg.sampling, tools, context, max_turns=cfg.tools.max_turns)
+        weights = fingerprint_of(model.params) if isinstance(cfg, Config) else ""
         whole = nnx.merge(model.graphdef, nnx.State(model.params))
         engine = Engine(whole, slots=cfg.slots, length=cfg.seq_len, tokenizer=model.tokenizer)
-    return Answerer(engine, model.chat, context, tools)
+    return Answerer(engine, model.chat, context, tools, weights)
 
 
 def _at_a_server(
@@ -230,9 +240,17 @@ def _at_a_server(
 
 
 def reject(cfg: Config, prompts: Sequence[Prompt], journal: Journal, to: Answerer) -> None:
-    """Answers the prompts that are not done with yet, and writes what is kept of each."""
+    """Answers the prompts that are not done with yet, and writes what is kept of each.
+
+    ConfigError: the answers that are there are of other weights.
+    """
     from posttrain.sampling.tally import counts
 
+    if journal.done and journal.done[0].get("weights", to.weights) != to.weights:
+        raise ConfigError(
+            f"out: what {journal.path} holds was answered by other weights than {cfg.model.path} "
+            "has now: put them back, or name another out"
+        )
     model = cfg.server.model if cfg.server else cfg.model.path
     about = {"job": "rejection", "model": model, "task": cfg.task.name}
     about |= {"seed": cfg.seed, "sampling": plain_dict(cfg.sampling)}
@@ -242,6 +260,7 @@ def reject(cfg: Config, prompts: Sequence[Prompt], journal: Journal, to: Answere
         selected = cfg.keep(rollouts, {**about, "prompt": prompts[index].id})
         line = counts(rollouts, cfg.right_part, cfg.right_at_least)
         line |= {"rows": len(selected.rows), "kept": selected.kept}
+        line |= {"weights": to.weights} if index == 0 else {}
         journal.append(selected.rows, {**line, "dropped": dict(selected.dropped)})
 
     each_prompt(cfg, prompts, to, done, first=len(journal.done))

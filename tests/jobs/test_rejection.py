@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,23 @@ def test_a_run_that_dies_goes_on_where_it_was(worker, tmp_path, dies_after):
     before = len(rows_of(out))
     assert run(out, "prompts_at_once=4") == whole
     assert worker.answered == 4 * (6 - before), "what is written is not asked again"
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_with(worker, tmp_path, monkeypatch):
+    opened, weights = rejection.open_answerer, ["a"]
+
+    def with_weights(*given: Any) -> rejection.Answerer:
+        return replace(opened(*given), weights=weights[0])
+
+    monkeypatch.setattr(rejection, "open_answerer", with_weights)
+    worker.dies_after = 9
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a.jsonl", "prompts_at_once=1")
+    worker.dies_after, weights[0] = -1, "b"
+    with pytest.raises(ConfigError, match="was answered by other weights than none has now"):
+        run(tmp_path / "a.jsonl", "prompts_at_once=1")
+    weights[0] = "a"
+    assert run(tmp_path / "a.jsonl", "prompts_at_once=1") == run(tmp_path / "whole.jsonl")
 
 
 def test_a_run_that_is_done_only_says_so(worker, tmp_path, capsys):
