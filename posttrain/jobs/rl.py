@@ -94,10 +94,8 @@ class Config(Section):
 
     @property
     def right(self) -> str:
-        """The part of the rewards that says whether an answer is right."""
-        return self.round.right or (
-            "correct" if "correct" in self.rewards else next(iter(self.rewards))
-        )
+        """The part of the rewards that says whether an answer is right; "": none does."""
+        return self.round.right or (self.task.right if self.task.right in self.rewards else "")
 
     @model_validator(mode="before")
     @classmethod
@@ -146,6 +144,11 @@ class Config(Section):
         if self.round.right and self.round.right not in self.rewards:
             hint = did_you_mean(self.round.right, list(self.rewards))
             wrong.append(f"round.right: no part of rewards is {self.round.right!r}{hint}")
+        if self.round.resample and self.round.resample_by == "right" and not self.right:
+            wrong.append(
+                "round.resample_by is right, and no part of rewards says what right is: name one "
+                "in round.right, or set round.resample_by: reward"
+            )
         return wrong
 
     def _wrong_parts(self) -> list[str]:
@@ -163,6 +166,10 @@ class Config(Section):
             wrong.append(f"critic: advantage type {name} does not read what it foretells")
         if self.sampling.temperature == 0:
             wrong.append("sampling.temperature is 0: a group's answers would all be the same")
+        if self.eval.prompts and self.eval.temperature == 0 and self.eval.answers > 1:
+            wrong.append(
+                f"eval.temperature is 0: all {self.eval.answers} of eval.answers would be the same"
+            )
         if self.lora is not None and self.lora.dropout:
             wrong.append("lora.dropout: answers are sampled without it: set it to 0")
         return wrong

@@ -62,6 +62,8 @@ class Task(Config):
     """Opens the ids of its prompts, and is their source."""
     rewards: ClassVar[Rewards] = {}
     """What its answers are scored by where a run names no rewards: a section `rewards`."""
+    right: ClassVar[str] = "correct"
+    """The part of the rewards, if there is one of that name, that is 1 where an answer is right."""
 
     system: str = semantic("", help="system prompt of every prompt; empty: none")
     instruction: str = semantic(

@@ -18,6 +18,7 @@ class IFEval(FileTask):
 
     name = "ifeval"
     rewards: ClassVar[Rewards] = {"followed": {"type": "ifeval"}}
+    right: ClassVar[str] = "followed"
 
     def read(self, row: Mapping[str, Any]) -> Question:
         (prompt,) = texts(row, "prompt")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from posttrain.sampling.conversation import make_rollouts
 from posttrain.sampling.request import RolloutEngine, Sampling
 from posttrain.tools import Tool
 from posttrain.train.answers import shared
+from posttrain.train.source import Stopped
 from posttrain.types import Prompt, Rollout
 
 
@@ -53,10 +54,15 @@ class Answering:
         self._engine, self._chat, self._scorer = engine, chat, scorer
         self._seq_len, self._tools, self._max_turns = seq_len, tools, max_turns
         self._version: int | None = None
+        self._stopped: Callable[[], bool] = lambda: False
 
     def decode(self, tokens: list[int]) -> str:
         """Their text, as the policy's tokenizer has it."""
         return self._chat.tokenizer.decode(tokens)
+
+    def watch(self, stopped: Callable[[], bool]) -> None:
+        """stopped() is asked whenever an answer has ended, which all processes see in one order."""
+        self._stopped = stopped
 
     def update(self, params: Any, version: int) -> None:
         """Answers come from these weights from now on: those after `version` updates."""
@@ -73,11 +79,14 @@ class Answering:
         seed: int,
         first_group: int = 0,
     ) -> Answered:
-        """n answers to each; draws depend on seed and prompt alone. Raises what a reward raised."""
+        """n answers to each; draws depend on seed and prompt alone. Raises what a reward raised;
+        Stopped where the run was told to stop meanwhile."""
         assert self._version is not None, "update() comes first"
         begun: dict[int, Scoring] = {}
 
         def judge(index: int, rollout: Rollout) -> None:
+            if self._stopped():
+                raise Stopped
             if self._scorer is not None:
                 begun[index] = self._scorer.start(rollout)
 

@@ -116,6 +116,8 @@ def shared(make: Callable[[], bytes]) -> bytes:
     size = int(multihost_utils.broadcast_one_to_all(np.int64(size)))
     if error is not None:
         raise error
+    if not size:
+        return b""
     if size < 0:
         raise RuntimeError("process 0 failed: what it says is the reason")
     buffer = np.zeros(size, np.uint8)
@@ -124,10 +126,20 @@ def shared(make: Callable[[], bytes]) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes()
 
 
+def on_first(do: Callable[[], None]) -> None:
+    """Process 0 does it, and the others wait. An exception: as of shared()."""
+
+    def done() -> bytes:
+        do()
+        return b""
+
+    shared(done)
+
+
 class RoundFiles:
     """<folder>/<number>.npz: rounds that a checkpoint, or the run itself, stands in the middle of.
 
-    Process 0 reads and writes; what it reads all have.
+    Process 0 reads and writes; what it reads all have, and what it cannot write ends all.
     """
 
     def __init__(self, folder: Path):
@@ -138,15 +150,17 @@ class RoundFiles:
 
     def write(self, made: Round, keep: Callable[[int], bool]) -> None:
         """Before it is trained on. Of earlier rounds those that keep(number) names stay."""
-        if not is_primary():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for file in self.folder.glob("*.npz"):
-            if file.stem.isdigit() and not keep(int(file.stem)):
-                file.unlink()
-        temporary = self._file(made.number).with_suffix(".tmp")
-        temporary.write_bytes(made.to_bytes())
-        temporary.replace(self._file(made.number))
+
+        def write() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for file in self.folder.glob("*.npz"):
+                if file.stem.isdigit() and not keep(int(file.stem)):
+                    file.unlink()
+            temporary = self._file(made.number).with_suffix(".tmp")
+            temporary.write_bytes(made.to_bytes())
+            temporary.replace(self._file(made.number))
+
+        on_first(write)
 
     def read(self, number: int) -> Round | None:
         """None: there is no such file."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.checkpoint import is_primary
 from posttrain.train.answering import Answering
+from posttrain.train.answers import on_first
 from posttrain.train.online import seed_of
 from posttrain.train.rollout_log import write_rollouts
 from posttrain.train.round_metrics import round_metrics
@@ -32,10 +32,10 @@ class HeldOutPrompts:
             n=cfg.eval.answers,
             seed=seed_of(cfg.seed, _HELD_OUT),
         )
-        if is_primary() and cfg.rollouts.every is not None:
+        if cfg.rollouts.every is not None:
             path = cfg.run_dir / "rollouts" / f"{step}.held_out.jsonl"
             decode = self._answering.decode if cfg.rollouts.tokens else None
-            write_rollouts(path, answered.rollouts, decode=decode)
+            on_first(lambda: write_rollouts(path, answered.rollouts, decode=decode))
         found = round_metrics(answered.rollouts, cfg.right)
         found["sampled_tokens_per_second"] = answered.tokens / max(answered.sampling, 1e-9)
         return {f"eval/{cfg.task.name}/{name}": value for name, value in found.items()}

@@ -26,7 +26,7 @@ from posttrain import metrics as reporting
 from posttrain.checkpoint import Checkpoints
 from posttrain.metrics import LogConfig, Progress, Writer
 from posttrain.models.spec import Spec
-from posttrain.train.source import BatchSource, Told
+from posttrain.train.source import BatchSource, Stopped, Told
 from posttrain.train.throughput import PEAK_TFLOPS, train_flops
 
 WATCHED = ("rewards/accuracies", "rewards/margins", "accuracy", "margin")
@@ -140,11 +140,26 @@ def train(run: Run, state: Any) -> tuple[Any, bool]:
     pending: deque[_Step] = deque()
     stopped = False
     trace = _Trace(run)
+    run.source.watch(preemption.reached)
+
+    def save(step: int) -> None:
+        while pending:  # a state is saved only after its loss was seen to be finite
+            reporter.report(pending.popleft())
+        with reporter.paused():
+            run.checkpoints.save(step, state, run.source.save(step))
+
     try:
         for step in range(start + 1, run.total_steps + 1):
             trace.before(step, state)
             waited = run.source.waited
-            batch = run.source.next(state)
+            try:
+                batch = run.source.next(state)
+            except Stopped:
+                stopped = True
+                if step > 1:
+                    save(step - 1)
+                progress.say(f"told to stop while sampling: step {step - 1} stands")
+                break
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, device_metrics = run.train_step(state, batch, run.reference, run.frozen)
             waited = run.source.waited - waited
@@ -157,16 +172,20 @@ def train(run: Run, state: Any) -> tuple[Any, bool]:
             evaluates = run.evaluate is not None and (
                 last or (run.eval_every is not None and step % run.eval_every == 0)
             )
-            if run.checkpoints.due(step) or last or stopped or evaluates:
-                while pending:  # a state is saved only after its loss was seen to be finite
+            if run.checkpoints.due(step) or last or stopped:
+                save(step)
+            if evaluates and run.evaluate is not None and not stopped:
+                while pending:
                     reporter.report(pending.popleft())
-                with reporter.paused():
-                    if run.checkpoints.due(step) or last or stopped:
-                        run.checkpoints.save(step, state, run.source.save(step))
-                    if evaluates and run.evaluate is not None and not stopped:
+                try:
+                    with reporter.paused():
                         found = run.evaluate(state, step)
-                        run.writer.write(step, found)
-                        progress.say(evaluation_line(step, found))
+                except Stopped:
+                    stopped = True
+                    save(step)
+                else:
+                    run.writer.write(step, found)
+                    progress.say(evaluation_line(step, found))
             if stopped:
                 progress.say(f"told to stop: saved step {step}")
                 break

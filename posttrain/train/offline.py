@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -68,6 +68,9 @@ class OfflineSource:
     def ahead(self) -> int:
         """One step: a batch depends on none before it."""
         return 1
+
+    def watch(self, stopped: Callable[[], bool]) -> None:
+        """Nothing takes its time here."""
 
     def next(self, state: Any = None) -> Batch:
         """The next step's batch as global arrays; the state has no part in it. Raises whatever the

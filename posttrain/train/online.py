@@ -11,7 +11,7 @@ middle of it goes on with it, one that was stopped while it was sampled samples 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,16 @@ import jax
 import numpy as np
 
 from posttrain.advantages.base import Advantages, Signal, without_signal
-from posttrain.checkpoint import is_primary, saved_steps
+from posttrain.checkpoint import saved_steps
 from posttrain.data.order import ANSWERS, permutation
 from posttrain.models.nested import join
 from posttrain.train.answering import Answering
-from posttrain.train.answers import Answers, Round, RoundFiles, Tokens
+from posttrain.train.answers import Answers, Round, RoundFiles, Tokens, on_first
 from posttrain.train.passes import Passes, put
 from posttrain.train.prompts import PromptStream
 from posttrain.train.rollout_log import write_rollouts
 from posttrain.train.rollout_rows import Shape, lay_out
-from posttrain.train.round_metrics import round_metrics
+from posttrain.train.round_metrics import right_or_wrong, round_metrics
 from posttrain.train.source import Told
 from posttrain.train.throughput import StepSize
 from posttrain.types import Batch, Rollout
@@ -107,8 +107,8 @@ class OnlineSource:
     def next(self, state: Any) -> Batch:
         """The next step's batch; where a round is over, the next one is sampled first.
 
-        `budget` says afterwards for which budget of the head. Raises what a reward or a tool's
-        absence raised; ValueError where a round leaves nothing to train on.
+        `budget` says afterwards for which budget of the head. Raises Stopped, what a reward
+        raised, and ValueError where a round leaves nothing to train on.
         """
         began = time.monotonic()
         number, update = divmod(self._step, self._cfg.round.updates)
@@ -123,6 +123,10 @@ class OnlineSource:
         metrics = self._round.metrics if update == 0 else {}
         self._told = Told(size, self._position / len(self._stream), metrics, spent)
         return batch
+
+    def watch(self, stopped: Callable[[], bool]) -> None:
+        """Asked whenever an answer ends: what is cut off then is sampled again, the same."""
+        self._answering.watch(stopped)
 
     def told(self) -> Told:
         assert self._told is not None, "next() comes first"
@@ -200,16 +204,17 @@ class OnlineSource:
         }
         made = Round(number, sampled.position, answers.take(kept), metrics)
         every = cfg.rollouts.every
-        if every is not None and number % every == 0 and is_primary():
+        if every is not None and number % every == 0:
             path = cfg.run_dir / "rollouts" / f"{self._step + 1}.jsonl"
             decode = self._answering.decode if cfg.rollouts.tokens else None
-            write_rollouts(path, rollouts, found.advantages, decode=decode)
+            on_first(lambda: write_rollouts(path, rollouts, found.advantages, decode=decode))
         self._files.write(made, self._is_kept)  # last: a round that is there is not sampled again
         return made
 
     def _sample(self, number: int) -> _Sampled:
         """The round's groups; those without signal are replaced as often as is asked for."""
         cfg = self._cfg.round
+        by = self._right if cfg.resample_by == "right" else ""
         position, kept, spare, every = self._position, [], [], []
         sampling = rewards = 0.0
         for attempt in range(1 + cfg.resample):
@@ -228,7 +233,7 @@ class OnlineSource:
             groups = _groups(answered.rollouts, cfg.answers)
             every += groups
             for group in groups:
-                (spare if cfg.resample and _is_flat(group) else kept).append(group)
+                (spare if cfg.resample and is_flat(group, by) else kept).append(group)
         replaced = len(every) - cfg.prompts
         kept += spare[: cfg.prompts - len(kept)]
         kept.sort(key=lambda group: group[0].group)
@@ -237,7 +242,7 @@ class OnlineSource:
         metrics = {
             **round_metrics(everything, self._right),
             "groups/resampled": float(replaced),
-            "groups/without_signal": float(sum(map(_is_flat, kept))),
+            "groups/without_signal": float(sum(is_flat(group, by) for group in kept)),
             "time/sampling": sampling,
             "time/rewards": rewards,
             "sampled_tokens": float(tokens),
@@ -322,10 +327,7 @@ def seed_of(*numbers: int) -> int:
 def _answers_of(rollouts: Sequence[Rollout]) -> Answers:
     for rollout in rollouts:
         if len(rollout.logps) != len(rollout.tokens):
-            raise ValueError(
-                f"prompt {rollout.prompt.id}: the answer came without log-probs: such answers "
-                "cannot be trained on"
-            )
+            raise ValueError(f"prompt {rollout.prompt.id}: the answer came without log-probs")
     return Answers(
         tokens=[rollout.tokens for rollout in rollouts],
         weights=[rollout.loss_weights for rollout in rollouts],
@@ -333,10 +335,13 @@ def _answers_of(rollouts: Sequence[Rollout]) -> Answers:
     )
 
 
+def is_flat(group: Sequence[Rollout], right: str = "") -> bool:
+    """Whether answers to one prompt tell nothing: their rewards are equal or, with a part that says
+    whether they are right, all are right or none is (DAPO, arXiv:2503.14476, eq. 11)."""
+    rewards = np.array([rollout.reward for rollout in group], np.float64)
+    values = right_or_wrong(group, right) if right else rewards
+    return bool(without_signal(values, np.zeros(len(group), np.int64)).all())
+
+
 def _groups(rollouts: Sequence[Rollout], n: int) -> list[list[Rollout]]:
     return [list(rollouts[i : i + n]) for i in range(0, len(rollouts), n)]
-
-
-def _is_flat(group: Sequence[Rollout]) -> bool:
-    rewards = np.array([rollout.reward for rollout in group], np.float64)
-    return bool(without_signal(rewards, np.zeros(len(group), np.int64)).all())

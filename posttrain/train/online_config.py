@@ -30,16 +30,21 @@ class RoundConfig(Config):
     resample: int = semantic(
         0,
         ge=0,
-        help="how often groups without signal (equal rewards) are replaced by other prompts' "
-        "(DAPO's dynamic sampling); those that are left after that are kept",
+        help="how often groups without signal are replaced by other prompts' (DAPO's dynamic "
+        "sampling); those that are left after that are kept",
+    )
+    resample_by: Literal["reward", "right"] = semantic(
+        "reward",
+        help="what is equal in a group without signal: the whole reward, or whether answers are "
+        "right (all or none; DAPO), whatever the other parts of the reward say",
     )
     mask_truncated: bool = semantic(
         False, help="answers cut off at max_new_tokens are not trained on (they still are judged)"
     )
     right: str = semantic(
         "",
-        help="the part of rewards that says whether an answer is right (1 or more), for the "
-        'metrics; "" = `correct`, or the first part',
+        help="the part of rewards that says whether an answer is right (1 or more), for metrics "
+        'and resample_by; "" = the task\'s, mostly `correct`; without one no accuracy is told',
     )
     slots: int = runtime(64, gt=0, help="answers that are sampled at once")
     micro_tokens: int = runtime(

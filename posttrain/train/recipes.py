@@ -60,7 +60,7 @@ RECIPES: dict[str, Recipe] = {
             "loss": {"type": "clip", "low": 0.2, "high": 0.28, "aggregate": "token"},
             "kl": _NO_KL,
             # the paper has no limit; what is left after so many tries is kept
-            "round": {"resample": 10},
+            "round": {"resample": 10, "resample_by": "right"},
         },
         overlong=True,
     ),

@@ -15,7 +15,8 @@ from posttrain.types import Rollout
 
 
 def round_metrics(rollouts: Sequence[Rollout], right: str) -> dict[str, float]:
-    """right: the part of the rewards that is 1 (or more) where an answer is right."""
+    """right: the part of the rewards that is 1 (or more) where an answer is right; "": none is, and
+    accuracy is left out."""
     rewards = np.array([rollout.reward for rollout in rollouts], np.float64)
     groups = np.array([rollout.group for rollout in rollouts])
     scored = rewards[~np.isnan(rewards)]

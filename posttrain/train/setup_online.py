@@ -29,6 +29,7 @@ from posttrain.tools import Tool, open_tools
 from posttrain.train import loop
 from posttrain.train.answer_scores import score_functions
 from posttrain.train.answering import Answering
+from posttrain.train.answers import on_first
 from posttrain.train.evaluate_online import HeldOutPrompts
 from posttrain.train.export import Story, leave
 from posttrain.train.first_lines import say_online
@@ -110,9 +111,9 @@ def _run(cfg: Any, devices: Sequence[Any] | None, make_engine: EngineMaker) -> i
 
 def _scorer(cfg: Any) -> Scorer | nullcontext[None]:
     """Rewards are asked for by process 0 alone: only there are reward models loaded."""
-    if not is_primary():
-        return nullcontext()
-    return Scorer(cfg.rewards, cfg.shaping, score_functions(cfg.rewards))
+    made: list[Scorer] = []
+    on_first(lambda: made.append(Scorer(cfg.rewards, cfg.shaping, score_functions(cfg.rewards))))
+    return made[0] if made else nullcontext()
 
 
 def _length(cfg: Any, prompts: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,10 @@ class Told:
     apart: float | None = None
 
 
+class Stopped(Exception):
+    """The run was told to stop while answers were sampled; nothing of them is kept."""
+
+
 class BatchSource(Protocol):
     """Gives the batch of each step in turn, from the one on that it was made to start at."""
 
@@ -37,6 +41,11 @@ class BatchSource(Protocol):
     def ahead(self) -> int:
         """How many steps' metrics may still be unread when the next batch is asked for: 1 keeps
         the devices busy; 0 where that batch is made of what those steps made."""
+        ...
+
+    def watch(self, stopped: Callable[[], bool]) -> None:
+        """What takes its time asks it now and then, and raises Stopped at a yes. All processes must
+        ask the same number of times. Said once, before the first next()."""
         ...
 
     def next(self, state: Any) -> Batch:

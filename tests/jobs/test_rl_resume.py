@@ -3,6 +3,8 @@ that was not: with a critic, a reference, several steps on each round and replac
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,15 +91,32 @@ def test_a_run_stopped_in_the_middle_of_a_round_goes_on_with_it_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patched:
-        answers = iter([False] * 5 + [True])
-        patched.setattr(loop.Preemption, "reached", lambda _: next(answers))
+        sampled = tmp_path / "rounds" / "1.npz"
+        patched.setattr(loop.Preemption, "reached", lambda _: sampled.exists())
         assert run_rl(*KEYS, folder=tmp_path).code == PREEMPTED
     assert [p.name for p in (tmp_path / "rounds").iterdir()] == ["1.npz"]
     (tmp_path / "rounds" / "1.npz").rename(tmp_path / "1.npz")
     with pytest.raises(ValueError, match=r"rounds/1\.npz: the run stopped in the middle of a rou"):
         run_rl(*KEYS, folder=tmp_path)
     (tmp_path / "1.npz").rename(tmp_path / "rounds" / "1.npz")
+    moved = tmp_path.with_name("moved")
+    shutil.copytree(tmp_path, moved)
     assert_same(run_rl(*KEYS, folder=tmp_path), calm)
+    assert_alike(run_rl(*KEYS, folder=moved, devices=2), calm)
+
+
+def assert_alike(run: Finished, calm: Finished) -> None:
+    """On another mesh: the same prompts and answers, the same steps but for rounding."""
+    for name in ("num_tokens", "epoch"):
+        assert [line[name] for line in run.metrics] == [line[name] for line in calm.metrics], name
+    for name in ("loss", "critic/loss", "kl"):
+        a, b = ([line[name] for line in r.metrics] for r in (run, calm))
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
+    texts = [
+        [json.loads(line)["tokens"] for line in (r.folder / "rollouts" / "9.jsonl").open()]
+        for r in (run, calm)
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_a_run_that_dies_while_it_samples_samples_the_same_again(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from posttrain.train.answers import Answers, Round, RoundFiles, shared
+from posttrain.train import answers
+from posttrain.train.answers import Answers, Round, RoundFiles, on_first, shared
 
 
 def round_of(number: int) -> Round:
@@ -45,3 +48,28 @@ def test_alone_what_is_shared_is_made_here_and_errors_are_raised_as_they_are() -
     assert shared(lambda: b"x") == b"x"
     with pytest.raises(KeyError, match="lost"):
         shared(lambda: {}["lost"])
+
+
+def test_what_process_0_cannot_write_ends_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two processes, of which each is this one in turn."""
+    sent: list[Any] = []
+
+    def broadcast(value: Any) -> Any:
+        sent.append(value)
+        return sent[0]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(answers.multihost_utils, "broadcast_one_to_all", broadcast)
+    (tmp_path / "file").write_text("where a folder is wanted")
+    files = RoundFiles(tmp_path / "file" / "rounds")
+    with pytest.raises(NotADirectoryError):
+        files.write(round_of(0), lambda _: True)
+    monkeypatch.setattr(answers, "is_primary", lambda: False)
+    with pytest.raises(RuntimeError, match="process 0 failed"):
+        files.write(round_of(0), lambda _: True)
+    sent.clear()
+    monkeypatch.setattr(answers, "is_primary", lambda: True)
+    on_first(lambda: None)
+    assert sent == [0], "nothing is sent after nothing"

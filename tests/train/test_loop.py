@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 
 from posttrain.metrics import LogConfig
 from posttrain.train import loop
+from posttrain.train.source import Stopped
 
 
 def test_sigterm_where_nothing_waits_to_be_saved_leaves_with_the_preemption_code(
@@ -35,6 +37,34 @@ def test_between_first_and_last_step_sigterm_is_only_noted() -> None:
         assert preemption.reached()
         preemption.close()
         assert signal.getsignal(signal.SIGTERM) is at_once
+
+
+@pytest.mark.parametrize(("start", "saved"), [(0, []), (5, [5])])
+def test_a_run_told_to_stop_while_it_samples_saves_what_it_has_and_leaves(
+    tmp_path: Path, start: int, saved: list[int]
+) -> None:
+    class Sampling:
+        ahead, waited = 0, 0.0
+
+        def watch(self, stopped: Any) -> None:
+            self.stopped = stopped
+
+        def next(self, state: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert self.stopped()
+            raise Stopped
+
+        def save(self, step: int) -> dict[str, int]:
+            return {"position": 7}
+
+    kept: list[tuple[Any, ...]] = []
+    run: Any = SimpleNamespace(
+        folder=tmp_path, log=LogConfig(), total_steps=9, tokens_before=0, source=Sampling(),
+        checkpoints=SimpleNamespace(save=lambda *given: kept.append(given)),
+    )  # fmt: skip
+    state = SimpleNamespace(step=start)
+    assert loop.train(run, state) == (state, True)
+    assert kept == [(step, state, {"position": 7}) for step in saved]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from posttrain.train.online_config import CriticConfig, OnlineEvalConfig, Rollou
 from posttrain.train.online_steps import Critic, make_steps
 from posttrain.train.passes import Passes, put
 from posttrain.train.rollout_rows import Shape, lay_out
+from posttrain.train.source import Stopped
 from posttrain.train.state import new_state
 from posttrain.train.step import Forward
 from posttrain.types import Rollout
@@ -104,6 +105,18 @@ def test_a_reward_that_fails_ends_the_round(chatml: ChatTemplate) -> None:  # no
     engine = Weighted(says(chatml, "12").answer)
     with Scorer({"correct": Told(when=broken)}) as scorer, pytest.raises(RewardError, match="unit"):
         answering(engine, chatml, scorer)([prompt()], SAMPLING, n=2, seed=0)
+
+
+def test_a_run_that_is_told_to_stop_samples_no_further(chatml: ChatTemplate) -> None:  # noqa: F811
+    judged: list[Rollout] = []
+    engine = Weighted(says(chatml, "12").answer)
+    with Scorer({"correct": Told(when=judged.append)}) as scorer:
+        made = answering(engine, chatml, scorer)
+        asked = iter([False, True])
+        made.watch(lambda: next(asked))
+        with pytest.raises(Stopped):
+            made([prompt(name="a"), prompt(name="b")], SAMPLING, n=2, seed=0)
+    assert len(judged) <= 1
 
 
 def test_held_out_prompts_are_answered_with_the_same_draws_each_time(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.config import load, plain_dict
+from posttrain.config import ConfigError, load, plain_dict
 from posttrain.jobs.rl import Config
 from posttrain.losses.cispo import CISPO
 from posttrain.losses.policy_loss import PolicyLoss
@@ -71,6 +71,18 @@ def test_dapo_punishes_answers_near_the_limit() -> None:
     mine: Any = config("preset=dapo", "rewards.overlong.max_length=7", *own)
     assert mine.rewards["overlong"].max_length == 7
     assert "overlong" not in config("preset=grpo").rewards
+
+
+def test_dapo_samples_again_where_all_answers_are_right_or_all_are_wrong() -> None:
+    assert config("preset=dapo").round.resample_by == "right"
+    assert config("preset=grpo").round.resample_by == "reward"
+    short = "rewards={short: {type: length, per: 10}}"
+    assert config(short).right == "", "no part is taken for a verdict that is none"
+    assert config(short, "round.right=short").right == "short"
+    with pytest.raises(ConfigError, match=r"name one in round\.right, or set round\.resample_by"):
+        config("preset=dapo", short)
+    with pytest.raises(ConfigError, match=r"all 4 of eval\.answers would be the same"):
+        config("eval.temperature=0", "eval.answers=4")
 
 
 def test_what_makes_the_gradient_another_is_said() -> None:

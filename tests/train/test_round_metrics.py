@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from posttrain.train.online import is_flat
 from posttrain.train.round_metrics import right_or_wrong, round_metrics
 from posttrain.types import Finish, Prompt, Rollout
 
@@ -63,6 +64,21 @@ def test_lengths_of_right_and_of_wrong_answers() -> None:
     assert found["completions/mean_right_length"] == 4
     assert found["completions/mean_wrong_length"] == 8
     assert found["accuracy"] == 0.75
+
+
+def test_a_part_that_is_no_verdict_is_not_taken_for_accuracy() -> None:
+    found = round_metrics([rollout(0, 1.0, 3, short=1.0), rollout(0, 0.0, 9, short=0.0)], "")
+    assert not {"accuracy", "completions/mean_right_length"} & found.keys()
+
+
+def test_a_group_all_wrong_tells_nothing_however_long_its_answers_are() -> None:
+    """DAPO's dynamic sampling counts right answers: its own penalty of length is not looked at."""
+    wrong = [rollout(0, -0.5, 9, correct=0.0), rollout(0, 0.0, 3, correct=0.0)]
+    assert not is_flat(wrong)
+    assert is_flat(wrong, "correct")
+    mixed = [rollout(0, 0.5, 9, correct=1.0), rollout(0, 0.5, 3, correct=0.0)]
+    assert is_flat(mixed)
+    assert not is_flat(mixed, "correct")
 
 
 def test_an_answer_without_a_reward_counts_as_that_and_as_nothing_else() -> None:
