@@ -5,6 +5,7 @@ and the same reference after a resume."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +42,17 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Store, "add", counting)
     return ids
+
+
+@pytest.fixture(scope="module")
+def trained(run_preference: Runner, tiny_pairs: list[str]) -> Finished:
+    """A run whose weights others start from."""
+    return run_preference(*tiny_pairs, "train.steps=3", devices=1)
+
+
+def copied(trained: Finished, folder: Path) -> Path:
+    """Its exported folder, to be changed."""
+    return shutil.copytree(trained.folder / "export", folder)
 
 
 def evaluations(run: Finished) -> list[dict]:
@@ -98,20 +110,21 @@ def test_a_pass_that_was_stopped_goes_on_and_changes_no_bit(
 
 
 def test_held_out_pairs_are_measured_and_their_prompts_answered(
-    run_preference: Runner, data_dir: Path
+    run_preference: Runner, tiny_model: Path, data_dir: Path
 ) -> None:
-    """At a rate of nearly 0 the policy is the reference: log 2, and TRL's first log-probs."""
+    """At a rate of nearly 0 the policy is the reference: log 2, and TRL's first log-probs of the
+    golden model."""
     sets = [
         f"eval.sets.held.path={data_dir / 'golden' / 'prefs.jsonl'}",
         *("eval.sets.held.limit=4", "eval.samples=1", "eval.max_new_tokens=4"),
     ]
-    for mode in ("cached", "live"):
+    for mode, model in (("cached", data_dir / "golden" / "model"), ("live", tiny_model)):
         keys = ["train.steps=1", "optim.lr=1e-30", "batch.packing=best_fit", f"reference={mode}"]
-        run = run_preference(*keys, *sets, devices=2)
+        run = run_preference(*keys, *sets, f"model.path={model}", devices=2)
         (line,) = evaluations(run)
         log = json.loads((data_dir / "golden" / "dpo_sigmoid_b4.json").read_text())["log_history"]
         np.testing.assert_allclose(line["eval/held/loss"], np.log(2), rtol=1e-5)
-        for name in ("logps/chosen", "logps/rejected"):
+        for name in ("logps/chosen", "logps/rejected") if model != tiny_model else ():
             assert abs(line[f"eval/held/{name}"] - log[0][name]) < 1e-3
         assert abs(line["eval/held/rewards/margins"]) < 1e-5
         assert 0 <= line["eval/held/rewards/accuracies"] <= 1
@@ -137,7 +150,9 @@ def test_nothing_is_compiled_after_step_two(
         write(self, step, metrics)
 
     monkeypatch.setattr(Writer, "write", counting)
-    run_preference(*tiny_pairs, "train.steps=6", f"reference={mode}", "checkpoint.every=100")
+    run_preference(
+        *tiny_pairs, "train.steps=6", f"reference={mode}", "checkpoint.every=100", devices=4
+    )
     assert at_step[1] > 0
     assert at_step[6] == at_step[2], at_step
 
@@ -182,11 +197,10 @@ def test_any_checkpoint_of_a_run_becomes_a_model_folder(
 
 @pytest.mark.parametrize("mode", ["cached", "live"])
 def test_a_resumed_run_keeps_the_reference_it_started_with(
-    run_preference: Runner, tiny_pairs: list[str], mode: str
+    run_preference: Runner, tiny_pairs: list[str], trained: Finished, mode: str
 ) -> None:
     """From another run's weights, which are neither model.path's nor those it has reached."""
-    start = run_preference(*tiny_pairs, "train.steps=3", devices=1)
-    keys = [*tiny_pairs, f"checkpoint.init_from={start.folder}", f"reference={mode}"]
+    keys = [*tiny_pairs, f"checkpoint.init_from={trained.folder}", f"reference={mode}"]
     whole = run_preference(*keys, "train.steps=6", devices=1)
     part = run_preference(*keys, "train.steps=3", devices=1)
     assert abs(part.metrics[0]["rewards/margins"]) < 1e-5, "it starts from the reference"
@@ -201,11 +215,11 @@ def test_a_resumed_run_keeps_the_reference_it_started_with(
 def test_a_resumed_run_whose_start_has_changed_needs_nothing_of_it_or_says_so(
     run_preference: Runner,
     tiny_pairs: list[str],
-    data_dir: Path,
+    trained: Finished,
     tmp_path: Path,
     computed: list[int],
 ) -> None:
-    model = run_preference(*tiny_pairs, "train.steps=1", devices=1).folder / "export"
+    model = copied(trained, tmp_path / "model")
     computed.clear()
     keys = [*tiny_pairs, f"model.path={model}", "model.random_init=false"]
     run = run_preference(*keys, "train.steps=2", devices=1)
@@ -223,17 +237,17 @@ def test_a_resumed_run_whose_start_has_changed_needs_nothing_of_it_or_says_so(
 
 
 def test_log_probs_that_are_not_finite_end_the_pass_and_name_the_row(
-    run_preference: Runner, tiny_pairs: list[str], data_dir: Path, tmp_path: Path
+    run_preference: Runner, tiny_pairs: list[str], trained: Finished, tmp_path: Path
 ) -> None:
-    model = run_preference(*tiny_pairs, "train.steps=1", devices=1).folder / "export"
+    model = copied(trained, tmp_path / "model")
     file = model / "model.safetensors"
     weights = load_file(file)
     weights["model.norm.weight"][0] = np.nan
     save_file(weights, file, metadata={"format": "pt"})
     keys = [*tiny_pairs, f"model.path={model}", "model.random_init=false", "train.steps=2"]
     with pytest.raises(FloatingPointError, match=r"prefs\.jsonl:\d+: the reference's log-probs"):
-        run_preference(*keys, devices=1, folder=tmp_path)
-    assert not list(Path(f"{tmp_path}.cache").glob("reference/*/*.part.npy"))
+        run_preference(*keys, devices=1, folder=tmp_path / "run")
+    assert not list(Path(f"{tmp_path / 'run'}.cache").glob("reference/*/*.part.npy"))
 
 
 def test_rows_are_no_size_of_a_step_of_pairs(run_preference: Runner) -> None:
