@@ -1,10 +1,11 @@
-"""`posttrain reward_model` whole: against TRL's figures, in other layouts, after an interruption;
-and what it leaves: an export that is read back, converted and trained on."""
+"""`posttrain reward_model` whole: against TRL's figures, in other layouts; and what it leaves: an
+export that is read back, converted and trained on.
+
+That a run is stopped and goes on: tests/jobs/test_sft_processes.py, the loop is the same."""
 
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,9 @@ from posttrain import config
 from posttrain.chat.tokenizer import Tokenizer
 from posttrain.config import ConfigError
 from posttrain.jobs import convert
-from posttrain.train.loop import PREEMPTED
-from tests.jobs.runs import (
-    Finished,
-    Runner,
-    finish,
-    mesh_keys,
-    relative,
-    start,
-    wait_for_step,
-)
+from tests.jobs.runs import Finished, Runner, mesh_keys, relative
 
 SHORT = "train.steps=10"
-TINY = "train.steps=40"
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +59,31 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path) -> list[str]:
+    """Of a tiny model: eight devices on few cores are slow."""
+    return [f"model.path={tiny_model}", "train.steps=4"]
+
+
+@pytest.fixture(scope="module")
+def plain(run_reward_model: Runner, tiny: list[str]) -> Finished:
+    return run_reward_model(*tiny, devices=1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_changes_nothing(
-    run_reward_model: Runner, one_device: Finished, layout: str
+    run_reward_model: Runner, tiny: list[str], plain: Finished, layout: str
 ) -> None:
     """Loss and gradient norm of 4 steps within 1e-5 relative, rewards within 1e-5."""
     keys = LAYOUTS[layout]
     devices = int(np.prod([int(k.split("=")[1]) for k in keys if k.startswith("mesh")]))
-    run = run_reward_model("train.steps=4", *keys, devices=devices)
+    run = run_reward_model(*tiny, *keys, devices=devices)
     for key in ("loss", "grad_norm"):
-        apart = relative(series(run, key), series(one_device, key)[:4])
+        apart = relative(series(run, key), series(plain, key))
         print(f"{layout}: {key} {apart:.1e}", end=" ")
         assert apart < 1e-5, key
     for key in ("min_reward", "max_reward", "margin", "accuracy"):
-        np.testing.assert_allclose(series(run, key), series(one_device, key)[:4], atol=1e-5)
+        np.testing.assert_allclose(series(run, key), series(plain, key), atol=1e-5)
 
 
 def test_held_out_pairs_are_judged(run_reward_model: Runner, data_dir: Path) -> None:
@@ -116,33 +118,9 @@ def test_a_margin_in_the_data_is_asked_for(
 
 
 @pytest.fixture(scope="module")
-def tiny_run(
-    golden_reward: list[str], tiny_pairs: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Finished:
-    """Some steps from a language model that has no score head, in a process of its own."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    paths = [f"run_dir={folder}", f"data.cache_dir={folder}.cache", TINY]
-    keys = [*golden_reward, *tiny_pairs, *paths]
-    assert finish([start(keys, devices=1, job="reward_model")]) == [0]
-    return Finished(0, folder)
-
-
-def test_sigterm_saves_and_the_next_start_ends_in_the_same_bits(
-    golden_reward: list[str], tiny_pairs: list[str], tiny_run: Finished, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    paths = [f"run_dir={folder}", f"data.cache_dir={folder}.cache", TINY]
-    keys = [*golden_reward, *tiny_pairs, *paths]
-    running = start(keys, devices=1, job="reward_model")
-    wait_for_step(folder, 2, running)
-    running.send_signal(signal.SIGTERM)
-    assert finish([running]) == [PREEMPTED]
-    assert finish([start(keys, devices=1, job="reward_model")]) == [0]
-    run = Finished(0, folder)
-    assert [line["step"] for line in run.metrics] == list(range(1, 41))
-    np.testing.assert_array_equal(run.losses, tiny_run.losses)
-    for name, want in tiny_run.weights.items():
-        np.testing.assert_array_equal(run.weights[name], want, err_msg=name)
+def tiny_run(run_reward_model: Runner, tiny_pairs: list[str]) -> Finished:
+    """Some steps from a language model that has no score head."""
+    return run_reward_model(*tiny_pairs, "train.steps=10", devices=1)
 
 
 def test_the_export_is_a_classifiers_folder_that_pads_apart(tiny_run: Finished) -> None:
