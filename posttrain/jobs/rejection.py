@@ -277,6 +277,8 @@ def each_prompt(
 
     None: this process samples along with the one that judges.
     """
+    import jax
+
     from posttrain.data.progress import Progress
     from posttrain.rewards.scorer import Scorer
     from posttrain.sampling.groups import answer_all
@@ -314,7 +316,7 @@ def each_prompt(
             tools=to.tools,
             max_turns=cfg.tools.max_turns,
             context=to.context,
-            share=None if cfg.server else shared,
+            share=None if jax.process_count() == 1 else shared,
         )
     if isinstance(to.engine, RemoteEngine) and (line := to.engine.told()):
         print(line)

@@ -79,7 +79,8 @@ def answer_all(
     """
     for begin in range(first, len(prompts), at_once):
         chunk = [prompts[i] for i in range(begin, min(begin + at_once, len(prompts)))]
-        under_way = _Chunk(scorer, begin, len(chunk), n, on_group) if scorer else None
+        alone = share is None
+        under_way = _Chunk(scorer, begin, len(chunk), n, on_group, alone) if scorer else None
         make_rollouts(
             chunk,
             engine,
@@ -93,19 +94,37 @@ def answer_all(
             on_rollout=under_way.judge if under_way else None,
             share=share,
         )
-        if under_way:
-            under_way.finish()
+        _finish(under_way, share)
+
+
+def _finish(under_way: _Chunk | None, share: Share | None) -> None:
+    """An error of process 0 ends the others, too: they would wait for it in the next program."""
+
+    def made() -> bytes:
+        assert under_way is not None, "process 0 judges"
+        under_way.finish()
+        return b""
+
+    if share is not None:
+        share(made)
+    elif under_way is not None:
+        under_way.finish()
 
 
 @dataclass
 class _Chunk:
-    """Prompts that were handed over together, and the rewards that are asked for meanwhile."""
+    """Prompts that were handed over together, and the rewards that are asked for meanwhile.
+
+    alone: no other process samples along; else what fails is raised when all answers have ended.
+    """
 
     scorer: Scorer
     first: int
     count: int
     n: int
     on_group: Callable[[int, list[Rollout]], None]
+    alone: bool = True
+    failed: Exception | None = None
     begun: dict[int, Scoring] = field(default_factory=dict)
     told: int = 0
 
@@ -117,6 +136,16 @@ class _Chunk:
 
     def judge(self, index: int, rollout: Rollout) -> None:
         """An answer has ended; those before it may be whole and judged by now."""
+        if self.failed is not None:
+            return
+        try:
+            self._judge(index, rollout)
+        except Exception as error:
+            if self.alone:
+                raise
+            self.failed = error
+
+    def _judge(self, index: int, rollout: Rollout) -> None:
         self.begun[index] = self.scorer.start(rollout)
         while not self.together and self.told < self.count:
             group = [self.begun.get(i) for i in self._members(self.told)]
@@ -127,6 +156,8 @@ class _Chunk:
 
     def finish(self) -> None:
         """All answers have ended: waits for what is left."""
+        if self.failed is not None:
+            raise self.failed
         left = [self.begun[i] for k in range(self.told, self.count) for i in self._members(k)]
         if self.together:
             for k, rollouts in enumerate(_groups(self.scorer.finish(left), self.n)):

@@ -185,6 +185,14 @@ def test_evaluation_says_the_same_figures_and_writes_nothing(worker, tmp_path, c
     assert "maj@" not in said
 
 
+def test_answers_that_would_all_be_the_same_are_refused() -> None:
+    for job in (rejection.Config, evaluate.Config):
+        out = ["out=x.jsonl"] if job is rejection.Config else []
+        with pytest.raises(ConfigError, match=r"temperature is 0: all n=4 answers"):
+            config.load(job, [], [*SUMS, *out, "sampling.temperature=0"])
+        assert config.load(job, [], [*SUMS, *out, "sampling.temperature=0", "n=1"]).n == 1
+
+
 def test_other_problems_under_the_same_config_are_noticed(worker, tmp_path):
     problems = tmp_path / "p.jsonl"
     keys = ["task.type=jsonl", f"task.path={problems}", "rewards.correct.type=exact"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,36 @@ def test_a_group_is_told_while_others_are_being_answered(chatml):
             lambda i, group: first_told.set(), n=2, seed=0,
         )  # fmt: skip
     assert seen == [True, True]
+
+
+def test_what_fails_while_several_processes_sample_is_raised_where_all_learn_of_it(chatml):
+    """Raised in the midst of a program, it would leave the others waiting in the next."""
+    inner, ended = engine(chatml), []
+
+    class Counting(Scripted):
+        def generate(self, requests: Any, on_done: Any = None) -> Any:
+            def heard(index: int, which: int, done: Any) -> Any:
+                if (index, which) == (1, 0):
+                    time.sleep(0.3)  # meanwhile the first group is judged
+                return on_done(index, which, done)
+
+            found = inner.generate(requests, heard)
+            ended.append(len(requests))
+            return found
+
+    def full(i: int, group: list[Rollout]) -> None:
+        raise OSError("no space left")
+
+    def alone_or_not(share: Any) -> None:
+        with Scorer({"length": Length()}) as scorer:
+            answer_all(
+                PROMPTS, Counting(inner.answer), chatml, SAMPLING, scorer, full, n=3, seed=0,
+                share=share,
+            )  # fmt: skip
+
+    with pytest.raises(OSError, match="no space"):
+        alone_or_not(lambda make: make())
+    assert ended == [len(PROMPTS)], "all was sampled, as on the others"
 
 
 def test_prompts_that_cannot_be_asked_are_refused_before_anything_runs(chatml, data_dir):
