@@ -18,7 +18,7 @@ TRACED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 
 def test_nothing_is_compiled_after_step_two(
-    run_sft: Runner, monkeypatch: pytest.MonkeyPatch
+    run_sft: Runner, tiny_sft: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counts programs that jax lowers, which it does whether or not a compile cache has them."""
     lowered: list[str] = []
@@ -33,7 +33,8 @@ def test_nothing_is_compiled_after_step_two(
         write(self, step, metrics)
 
     monkeypatch.setattr(Writer, "write", counting)
-    run_sft("train.steps=6", "batch.packing=best_fit", "checkpoint.every=100")
+    keys = ["train.steps=6", "batch.packing=best_fit", "checkpoint.every=100"]
+    run_sft(*tiny_sft, *keys, devices=4)
     assert at_step[1] > 0
     assert at_step[6] == at_step[2], at_step
 
@@ -47,7 +48,7 @@ def test_evaluation_is_the_mean_over_every_trained_token(run_sft: Runner, data_d
         "eval.samples=2",
         "eval.max_new_tokens=8",
     ]
-    run = run_sft("train.steps=1", "optim.lr=1e-30", *held_out)
+    run = run_sft("train.steps=1", "optim.lr=1e-30", *held_out, devices=2)
     lines = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text().splitlines()]
     found = next(x["eval/twenty/loss"] for x in lines if "eval/twenty/loss" in x)
     rows = json.loads((data_dir / "golden" / "logps_20.json").read_text())
@@ -63,24 +64,29 @@ def test_evaluation_is_the_mean_over_every_trained_token(run_sft: Runner, data_d
     assert first["expected"].endswith("<|im_end|>")
 
 
-def test_a_finished_run_is_extended_and_equals_one_made_at_once(run_sft: Runner) -> None:
-    whole = run_sft("train.steps=6", devices=1)
-    part = run_sft("train.steps=3", devices=1)
-    longer = run_sft("train.steps=6", devices=1, folder=part.folder)
+def test_a_finished_run_is_extended_and_equals_one_made_at_once(
+    run_sft: Runner, tiny_model: Path
+) -> None:
+    """To the bit, since the fullest row is among the first: the head's budget is the same."""
+    model = f"model.path={tiny_model}"
+    whole = run_sft(model, "train.steps=6", devices=1)
+    part = run_sft(model, "train.steps=3", devices=1)
+    longer = run_sft(model, "train.steps=6", devices=1, folder=part.folder)
     for name, want in whole.weights.items():
         np.testing.assert_array_equal(longer.weights[name], want, err_msg=name)
     with pytest.raises(ConfigError, match=r"optim\.lr: the run has 0\.001, this config 0\.002"):
-        run_sft("train.steps=6", "optim.lr=0.002", devices=1, folder=part.folder)
+        run_sft(model, "train.steps=6", "optim.lr=0.002", devices=1, folder=part.folder)
 
 
 def test_a_resumed_run_whose_data_have_changed_says_so(
-    run_sft: Runner, data_dir: Path, tmp_path: Path
+    run_sft: Runner, tiny_model: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     """The config names a file, not what is in it: other rows under its name are other steps."""
     rows = (data_dir / "golden" / "sft.jsonl").read_text().splitlines(keepends=True)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(rows[:16]))
     keys = [f"data.sources.gsm8k.path={file}", f"data.cache_dir={tmp_path / 'cache'}"]
+    keys.append(f"model.path={tiny_model}")
     run = run_sft(*keys, "train.steps=1", devices=1)
     file.write_text("".join(rows[8:24]))
     with pytest.raises(ValueError, match="the prepared data are not those that the run began with"):
@@ -88,30 +94,37 @@ def test_a_resumed_run_whose_data_have_changed_says_so(
     assert len(run.metrics) == 1
 
 
-def test_init_from_starts_a_new_run_from_anothers_weights(run_sft: Runner) -> None:
-    first = run_sft("train.steps=3", devices=1)
-    second = run_sft("train.steps=2", f"checkpoint.init_from={first.folder}", devices=1)
-    third = run_sft("train.steps=2", f"model.path={first.folder / 'export'}", devices=1)
+def test_init_from_starts_a_new_run_from_anothers_weights(
+    run_sft: Runner, tiny_sft: list[str]
+) -> None:
+    first = run_sft(*tiny_sft, "train.steps=3", devices=1)
+    keys = [*tiny_sft, "train.steps=2"]
+    second = run_sft(*keys, f"checkpoint.init_from={first.folder}", devices=1)
+    third = run_sft(*keys, f"model.path={first.folder / 'export'}", devices=1)
     np.testing.assert_array_equal(second.losses, third.losses)
     assert second.metrics[0]["loss"] < first.metrics[0]["loss"]
     assert second.metrics[0]["step"] == 1
 
 
-def test_what_is_not_finite_ends_the_run_and_is_not_saved(run_sft: Runner, tmp_path: Path) -> None:
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(
+    run_sft: Runner, tiny_sft: list[str], tmp_path: Path
+) -> None:
+    keys = [*tiny_sft, "train.steps=8", "optim.lr=1e30", "checkpoint.every=1"]
     with pytest.raises(FloatingPointError, match=r"step \d+: (loss|grad_norm) is"):
-        run_sft("train.steps=8", "optim.lr=1e30", "checkpoint.every=1", folder=tmp_path, devices=1)
+        run_sft(*keys, folder=tmp_path, devices=1)
     bad = next(x["step"] for x in Finished(0, tmp_path).metrics if isinstance(x["loss"], str))
     saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
     assert all(step < bad for step in saved)
 
 
 def test_mixtures_report_each_source_under_its_name(
-    run_sft: Runner, data_dir: Path, tmp_path: Path
+    run_sft: Runner, tiny_model: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     rows = (data_dir / "golden" / "sft.jsonl").read_text().splitlines()
     (tmp_path / "other.jsonl").write_text("\n".join(rows[100:140]) + "\n")
     run = run_sft(
-        "train.epochs=1", f"data.sources.other.path={tmp_path / 'other.jsonl'}",
+        f"model.path={tiny_model}", "train.epochs=1",
+        f"data.sources.other.path={tmp_path / 'other.jsonl'}",
         "data.sources.gsm8k.limit=40", "batch.order=shuffle", devices=1,
     )  # fmt: skip
     assert len(run.metrics) == 10
