@@ -61,12 +61,6 @@ def _transformers_turns(folder: Path, questions: tuple[str, ...], system: str) -
     return turns
 
 
-def test_golden_model(talk: Callable, data_dir: Path) -> None:
-    folder = data_dir / "golden/model"
-    ours = talk(folder, *QUESTIONS, settings=("system=Be brief.",))
-    assert ours == _transformers_turns(folder, QUESTIONS, "Be brief.")
-
-
 def test_stories_with_chatml_tokens_added(talk: Callable, data_dir: Path, tmp_path: Path) -> None:
     """A real pretrained model, its vocabulary widened; its context of 512 holds both turns."""
     _widen(data_dir / "data/models/stories260K", tmp_path / "model")

@@ -23,7 +23,7 @@ from posttrain.types import Example
 from tests.jobs.runs import Runner
 
 pytestmark = pytest.mark.parity
-STEPS, BATCH, BETA, LR = 10, 4, 0.1, 1e-4
+STEPS, BATCH, BETA, LR = 5, 4, 0.1, 1e-4
 NAMES = [
     *("grad_norm", "loss", "rewards/chosen", "rewards/rejected"),
     *("rewards/margins", "logps/chosen", "logps/rejected"),
@@ -97,15 +97,16 @@ def in_float64(examples: list[Example], model: Path) -> np.ndarray:
     return np.array(found)
 
 
-def test_ten_steps_against_float64(
+def test_five_steps_against_float64(
     run_preference: Runner, examples: list[Example], data_dir: Path
 ) -> None:
     """Ours within 1e-4 relative of exact arithmetic, margins of the larger reward; golden too,
-    but for what float32 sums leave of its rewards."""
+    but for what float32 sums leave of its rewards. All ten steps are held to TRL in
+    tests/jobs/test_preference.py; rewards grow with the steps, and the first have fewest digits."""
     exact = dict(zip(NAMES, in_float64(examples, data_dir / "golden" / "model").T, strict=True))
     log = json.loads((data_dir / "golden" / "dpo_sigmoid_b4.json").read_text())["log_history"]
     run = run_preference(f"train.steps={STEPS}", devices=1)
-    trl = {name: np.array([row[name] for row in log if "loss" in row]) for name in NAMES}
+    trl = {name: np.array([row[name] for row in log if "loss" in row][:STEPS]) for name in NAMES}
     ours = {name: np.array([line[name] for line in run.metrics]) for name in NAMES}
     rewards = np.maximum(np.abs(exact["rewards/chosen"]), np.abs(exact["rewards/rejected"]))
     for name in NAMES:
