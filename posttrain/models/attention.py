@@ -36,16 +36,12 @@ class _Rules:
     softcap: float | None
 
 
-def segment_mask(segment_ids_BT: jax.Array, window: int | None = None) -> jax.Array:
-    """bool [B, 1, T, T]: may query t see key s? Same segment, s <= t, and t - s < window.
-
-    Padding (segment 0) sees earlier padding, so that no row of the softmax is empty.
-    """
-    return _visible(segment_ids_BT, segment_ids_BT, 0, window)[:, None]
-
-
 def _visible(query_ids_BT: jax.Array, key_ids_BS: jax.Array, first: Any, window: int | None) -> Any:
-    """bool [B, T, S]; `first`: how far the first query lies behind the first key."""
+    """bool [B, T, S]: may query t see key s? Same segment, not ahead of it, and nearer than window.
+
+    Padding (segment 0) sees earlier padding, so that no row of the softmax is empty. `first`: how
+    far the first query lies behind the first key.
+    """
     behind = first + jnp.arange(query_ids_BT.shape[1])[:, None] - jnp.arange(key_ids_BS.shape[1])
     seen = behind >= 0
     if window is not None:

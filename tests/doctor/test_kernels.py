@@ -13,7 +13,6 @@ import pytest
 
 from posttrain.doctor import kernels
 from posttrain.doctor.base import Level, Subject
-from posttrain.models import attention as attention_module
 from posttrain.models.attention import resolve
 from tests.doctor.found import bad, found
 
@@ -77,7 +76,8 @@ def masked(change: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[...,
     """Attention whose mask is changed: (mask [B, 1, T, T], segment_ids [B, T]) -> mask."""
 
     def attend(q: Any, k: Any, v: Any, segment_ids: Any, *, implementation: str) -> jax.Array:
-        mask = change(attention_module.segment_mask(segment_ids), segment_ids)
+        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        mask = change(jnp.tril(same), segment_ids)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
     return attend
