@@ -17,6 +17,7 @@ from posttrain.tasks.base import Generated, Question, Rewards
 from posttrain.types import Rollout
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ARITHMETIC = re.compile(r"[\d\s+\-*/()]*")
 _LONGEST = 200  # characters of an expression that is looked at
 
 
@@ -80,7 +81,8 @@ def evaluate(text: str) -> tuple[Fraction | None, Counter[int]]:
     The text is parsed and walked, never run. (None, nothing): it is no such expression.
     """
     try:
-        if len(text) > _LONGEST:
+        # what is no arithmetic is not parsed: Python would warn of some of it in a run's log
+        if len(text) > _LONGEST or not _ARITHMETIC.fullmatch(text):
             return None, Counter()
         used: Counter[int] = Counter()
         return _walk(ast.parse(text, mode="eval").body, used), used

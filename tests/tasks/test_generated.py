@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from fractions import Fraction
 from itertools import permutations
@@ -87,3 +88,7 @@ def test_countdown_is_exact_and_runs_nothing():
     for text in ("1 / 0", "1 / (3 - 3)", "(" * 150 + "1", "9" * 300, "True + 1", "-1", "a", "1, 2"):
         value, _ = evaluate(text)
         assert value is None, text
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert evaluate("3and 4")[0] is None
+    assert not warned, "what a model writes puts no warning of Python's into the log"
