@@ -130,8 +130,9 @@ class Engine:
                 rows = decoder.grown(rows, length, self.spec)
             rows = self._fill(schedule, rows)
             slots, uses = _said_of(schedule.active)
-            # while others wait, the host looks as soon as an eighth of the slots is free
-            floor = int(slots.live.sum()) - -(-self.slots // 8) if schedule.waiting else 0
+            # while others wait, the host looks as soon as an eighth of the slots is free, or two
+            enough = max(2, -(-self.slots // 8))
+            floor = int(slots.live.sum()) - enough if schedule.waiting else 0
             longest = int(slots.lengths[slots.live].max()) + stride
             rows, found = decoder.decode(
                 self._weights,
@@ -188,8 +189,10 @@ class Engine:
         return read
 
     def _height(self, width: int) -> int:
-        """Prompts of this width that are read together."""
-        return self._shards * min(self.slots // self._shards, max(1, READ_TOGETHER // width))
+        """Prompts of this width that are read together: a row without one costs as much as any, and
+        seldom are more than a quarter of the slots free at once."""
+        most = self.slots // self._shards // 4
+        return self._shards * max(1, min(most, READ_TOGETHER // width))
 
 
 def _width(size: int) -> int:
