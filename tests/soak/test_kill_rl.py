@@ -16,7 +16,7 @@ from tests.jobs.runs import Finished, finish, start, wait_until
 pytestmark = pytest.mark.soak
 
 UPDATES = 8  # of a round of answers
-STEPS_A_ROUND = 4 * UPDATES
+STEPS_A_ROUND = 2 * UPDATES
 
 
 def newest_step(folder: Path) -> int:
