@@ -148,34 +148,35 @@ class Answerer:
 
 def run(cfg: Config) -> int:
     """The exit code: 0. ValueError on what the user can mend."""
-    from posttrain.checkpoint import is_primary
     from posttrain.sampling.tally import kept, told
     from posttrain.sharding import init_distributed
+    from posttrain.train.answers import shared
 
     init_distributed(cfg.distributed)
     prompts = prompts_of(cfg)
-    if not is_primary():  # samples along, and writes nothing
-        first = agreed(0)
-        if first < len(prompts):
-            each_prompt(cfg, prompts, open_answerer(cfg, prompts), None, first)
-        return 0
     header = {key: value for key, (_, value) in diff({}, cfg).items() if key}
-    with Journal(cfg.out, {**header, "prompts' hash": fingerprint(prompts)}) as journal:
+    with ExitStack() as stack:
+        opened: list[Journal] = []  # process 0's; the others sample along, and write nothing
+
+        def begun() -> bytes:
+            made = Journal(cfg.out, {**header, "prompts' hash": fingerprint(prompts)})
+            opened.append(stack.enter_context(made))
+            return str(len(made.done)).encode()
+
+        first = int(shared(begun))  # a file that cannot be written ends all processes
+        if not opened:
+            if first < len(prompts):
+                each_prompt(cfg, prompts, open_answerer(cfg, prompts), None, first)
+            return 0
+        (journal,) = opened
         if journal.done:
             print(f"{cfg.out}: {len(journal.done):,} of {len(prompts):,} prompts are done with")
-        if agreed(len(journal.done)) < len(prompts):
+        if first < len(prompts):
             reject(cfg, prompts, journal, open_answerer(cfg, prompts))
         for line in (*told(journal.done), *kept(journal.done)):
             print(line)
     print(f"{cfg.out}: posttrain {cfg.keep.reader} reads it")
     return 0
-
-
-def agreed(number: int) -> int:
-    """What it is on process 0."""
-    from posttrain.train.answers import shared
-
-    return int(shared(lambda: str(number).encode()))
 
 
 def prompts_of(cfg: Answering) -> Sequence[Prompt]:

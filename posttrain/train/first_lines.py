@@ -144,7 +144,7 @@ def say_online(
         *_base_lines(cfg),
         f"devices: {jax.device_count()} ({jax.devices()[0].device_kind}), {devices}",
         f"task: {cfg.task.name}, {len(stream):,} prompts; reward: {rewards}",
-        f"{rounds:,} rounds of {every}, {round_.updates} steps on each: {steps:,} steps",
+        f"{rounds:,} rounds of {every}, {steps:,} steps: {round_.updates} on each",
         f"rows: {shape.seq_len:,} tokens, {shape.micro_rows} in a micro-batch",
         cfg.kl.line(),
         *policy_lines(cfg),
