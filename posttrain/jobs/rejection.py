@@ -72,7 +72,7 @@ class Answering(Section):
     rewards: RewardParts = semantic(help="name -> {type, weight, ...}; none = the task's own")
     shaping: Shaping = semantic(Shaping(), help="how the parts become one reward")
     right: str = semantic(
-        "", help='the part of rewards that says an answer is right; "" = `correct`, or the first'
+        "", help="the part of rewards that says an answer is right; none = the task's, if it is one"
     )
     right_at_least: float = semantic(1.0, help="the value of it from which on it is")
     seq_len: int | None = semantic(
@@ -119,9 +119,8 @@ class Answering(Section):
 
     @property
     def right_part(self) -> str:
-        """The part of the rewards that says whether an answer is right."""
-        first = "correct" if "correct" in self.rewards else next(iter(self.rewards))
-        return self.right or first
+        """The part of the rewards that says whether an answer is right; "": none does."""
+        return self.right or (self.task.right if self.task.right in self.rewards else "")
 
 
 class Config(Answering):
@@ -150,7 +149,7 @@ def run(cfg: Config) -> int:
     """The exit code: 0. ValueError on what the user can mend."""
     from posttrain.sampling.tally import kept, told
     from posttrain.sharding import init_distributed
-    from posttrain.train.answers import shared
+    from posttrain.train.answers import on_first, shared
 
     init_distributed(cfg.distributed)
     prompts = prompts_of(cfg)
@@ -164,16 +163,19 @@ def run(cfg: Config) -> int:
             return str(len(made.done)).encode()
 
         first = int(shared(begun))  # a file that cannot be written ends all processes
-        if not opened:
-            if first < len(prompts):
-                each_prompt(cfg, prompts, open_answerer(cfg, prompts), None, first)
-            return 0
-        (journal,) = opened
-        if journal.done:
-            print(f"{cfg.out}: {len(journal.done):,} of {len(prompts):,} prompts are done with")
+        if opened and first:
+            print(f"{cfg.out}: {first:,} of {len(prompts):,} prompts are done with")
         if first < len(prompts):
-            reject(cfg, prompts, journal, open_answerer(cfg, prompts))
-        for line in (*told(journal.done), *kept(journal.done)):
+            answerer = open_answerer(cfg, prompts)
+            on_first(lambda: refuse_other_weights(cfg, opened[0], answerer))
+            if opened:
+                reject(cfg, prompts, opened[0], answerer)
+            else:
+                each_prompt(cfg, prompts, answerer, None, first)
+        if not opened:
+            return 0
+        done = opened[0].done
+        for line in (*told(done), *kept(done)):
             print(line)
     print(f"{cfg.out}: posttrain {cfg.keep.reader} reads it")
     return 0
@@ -240,18 +242,19 @@ def _at_a_server(
     return Answerer(RemoteEngine(server, chat), chat, cfg.seq_len, tools)
 
 
-def reject(cfg: Config, prompts: Sequence[Prompt], journal: Journal, to: Answerer) -> None:
-    """Answers the prompts that are not done with yet, and writes what is kept of each.
-
-    ConfigError: the answers that are there are of other weights.
-    """
-    from posttrain.sampling.tally import counts
-
+def refuse_other_weights(cfg: Config, journal: Journal, to: Answerer) -> None:
+    """ConfigError: the answers that are there are of other weights."""
     if journal.done and journal.done[0].get("weights", to.weights) != to.weights:
         raise ConfigError(
             f"out: what {journal.path} holds was answered by other weights than {cfg.model.path} "
             "has now: put them back, or name another out"
         )
+
+
+def reject(cfg: Config, prompts: Sequence[Prompt], journal: Journal, to: Answerer) -> None:
+    """Answers the prompts that are not done with yet, and writes what is kept of each."""
+    from posttrain.sampling.tally import counts
+
     model = cfg.server.model if cfg.server else cfg.model.path
     about = {"job": "rejection", "model": model, "task": cfg.task.name}
     about |= {"seed": cfg.seed, "sampling": plain_dict(cfg.sampling)}

@@ -18,8 +18,8 @@ Line = Mapping[str, Any]
 def counts(rollouts: Sequence[Rollout], right: str, at_least: float) -> dict[str, Any]:
     """Of the scored answers to one prompt: rewards, which are right, maj@n and best@n, lengths.
 
-    right: the part of the rewards that says so, by a value of at_least or more. Where it applies to
-    none of the answers, the prompt counts for no pass@k.
+    right: the part of the rewards that says so, by a value of at_least or more. Where there is none
+    ("") or it applies to none of the answers, the prompt counts for no pass@k.
     """
     parts = {name: [r.rewards.get(name) for r in rollouts] for name in rollouts[0].rewards}
     line: dict[str, Any] = {
@@ -30,8 +30,9 @@ def counts(rollouts: Sequence[Rollout], right: str, at_least: float) -> dict[str
         "cut_off": sum(rollout.finish in ("length", "turns") for rollout in rollouts),
         "unwritable": sum(rollout.finish == "template" for rollout in rollouts),
     }
-    if any(value is not None for value in parts[right]):
-        hits = [value is not None and value >= at_least for value in parts[right]]
+    verdicts = parts.get(right, [])
+    if any(value is not None for value in verdicts):
+        hits = [value is not None and value >= at_least for value in verdicts]
         votes = [final_answer(answer_text(rollout)) for rollout in rollouts]
         line |= {
             "right": hits,

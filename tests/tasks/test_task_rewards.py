@@ -71,4 +71,4 @@ def test_rewards_of_a_config_are_those_of_the_task(tmp_path: Path):
         [],
         ["model.path=m", "task.type=countdown", "rewards.short.type=length", "rewards.short.per=9"],
     )
-    assert (list(own.rewards), own.right_part) == (["short"], "short")
+    assert (list(own.rewards), own.right_part) == (["short"], "")
