@@ -11,7 +11,8 @@ import pytest
 from posttrain import cli
 
 ROOT = Path(__file__).parents[1]
-JOB_CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "overlays")
+NO_JOBS = ("overlays", "launch")
+JOB_CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name not in NO_JOBS)
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 HEADER = re.compile(r"^# (command|hardware|time|score) {2,}(\S.*)$", re.MULTILINE)
 
