@@ -186,8 +186,10 @@ class LaunchConfig(Config):
     @property
     def base(self) -> str:
         """Where on every host the bucket's folder is seen, without a slash at the end."""
-        return self.bucket if self.mount is None else self.mount + self.bucket[5:][self._cut :]
+        folder = self.bucket[len("gs://") + len(self.bucket_name) :]
+        return self.bucket if self.mount is None else self.mount + folder
 
     @property
-    def _cut(self) -> int:
-        return len(self.bucket[5:].partition("/")[0])
+    def bucket_name(self) -> str:
+        """The bucket, without gs:// and folder."""
+        return self.bucket.removeprefix("gs://").partition("/")[0]

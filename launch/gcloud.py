@@ -72,13 +72,14 @@ def start_script(launch: Launch, folder: str) -> str:
     lines.append(f"systemctl stop {unit(cfg)} 2>/dev/null || true")
     lines.append(f"gcloud storage cp {quote(folder + '/*')} files/")
     if cfg.mount:
-        bucket, mount = cfg.bucket[5:].partition("/")[0], quote(cfg.mount)
+        mount = quote(cfg.mount)
         lines.append(f"mkdir -p {mount}")
-        lines.append(f"mountpoint -q {mount} || gcsfuse --implicit-dirs {bucket} {mount}")
+        lines.append(f"mountpoint -q {mount} || gcsfuse --implicit-dirs {cfg.bucket_name} {mount}")
     lines.append(f"export WORK={home}/work RETRIES={cfg.retries} FREE=1")
     body = "\n".join(lines) + "\n" + script.exports(launch.env)
     for name, reference in cfg.secrets.items():
-        words = f"gcloud secrets versions access latest --secret={quote(reference)}{project}"
+        secret = quote(reference.partition("/")[0])
+        words = f"gcloud secrets versions access latest --secret={secret}{project}"
         body += f'{name}="$({words})"\nexport {name}\n'
     return body + (
         "export HOME=${HOME:-/root}\n"

@@ -18,6 +18,7 @@ non-retriable pod failures with Pod failure policy" (restartPolicy Never, the me
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +62,9 @@ def problems(cfg: LaunchConfig) -> Iterator[tuple[str, str]]:
         yield "gke.cluster", "a cluster is found by its project and its location: set both"
     if cfg.gke.priority and not cfg.gke.queue:
         yield "gke.priority", "is a priority in a queue of Kueue, and there is no gke.queue"
+    for name, reference in cfg.secrets.items():
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", reference.partition("/")[0]):
+            yield "secrets", f"{name}: {reference!r} is no name of a Kubernetes Secret"
     if cfg.mount and not cfg.gke.service_account:
         yield (
             "gke.service_account",
@@ -96,7 +100,7 @@ def _volumes(launch: Launch, host_network: bool) -> list[dict[str, Any]]:
     cfg = launch.cfg
     out: list[dict[str, Any]] = [{"name": "launch", "configMap": {"name": map_name(launch)}}]
     if cfg.mount:
-        attributes = {"bucketName": cfg.bucket[5:].partition("/")[0]}
+        attributes = {"bucketName": cfg.bucket_name}
         attributes["mountOptions"] = "implicit-dirs"
         if host_network:
             attributes["hostNetworkPodKSA"] = "true"

@@ -58,7 +58,7 @@ def _paths(tree: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[
         here = (*at, str(key))
         if isinstance(value, Mapping):
             yield from _paths(value, here)
-        elif isinstance(value, str) and (key == "path" or str(key).endswith("_path")):
+        elif isinstance(value, str) and re.search(r"(^|_)path$|^init_from$", str(key)):
             yield dotted(here), value
 
 
@@ -67,7 +67,7 @@ def _not_there(config: Any, cfg: LaunchConfig) -> tuple[list[Problem], list[str]
     problems, notes = [], []
     for key, value in _paths(plain_dict(config)):
         here = "://" not in value and Path(value).expanduser().exists()
-        if "://" in value or not (here or _FILE.search(value)):
+        if "://" in value or not (here or _FILE.search(value) or key.endswith("init_from")):
             continue
         if Path(value).is_absolute() or value.startswith("~"):
             if here and not (cfg.mount and value.startswith(cfg.mount + "/")):
@@ -106,11 +106,11 @@ def _door(error: ConfigError, cfg: LaunchConfig) -> list[Problem]:
     ]
 
 
-def _mesh_problems(config: Any, chips: int) -> list[Problem]:
-    from posttrain.sharding import mesh_shape
+def _mesh_problems(config: Any, chips: int, slices: int) -> list[Problem]:
+    from posttrain.sharding import mesh_shape, sizes_of_a_slice
 
     try:
-        mesh_shape(config.mesh, chips)
+        sizes_of_a_slice(mesh_shape(config.mesh, chips * slices), slices)
     except ConfigError as error:
         return [Problem("run: mesh", "", p.message) for p in error.problems]
     return []
@@ -133,7 +133,7 @@ def read(cfg: LaunchConfig) -> Job:
             added.append("distributed.coordinator=auto")
             notes.append("distributed.coordinator: auto, so that the hosts find each other")
     problems, odd = _not_there(config, cfg)
-    problems += _mesh_problems(config, cfg.slice.chips * cfg.slices)
+    problems += _mesh_problems(config, cfg.slice.chips, cfg.slices)
     try:
         config = load(module.Config, cfg.run, [*cfg.set, *added], accepts=accepts)
     except ConfigError as error:

@@ -55,8 +55,7 @@ def task(launch: Launch) -> dict[str, Any]:
         out["secrets"] = dict.fromkeys(cfg.secrets)  # null: from --secret, out of the shell
     mounts: dict[str, Any] = {f"~/{FOLDER}": f"./{FOLDER}"}
     if cfg.mount:
-        source = f"gs://{cfg.bucket[5:].partition('/')[0]}"
-        mounts[cfg.mount] = {"source": source, "mode": "MOUNT"}
+        mounts[cfg.mount] = {"source": f"gs://{cfg.bucket_name}", "mode": "MOUNT"}
     out["file_mounts"] = mounts
     out["run"] = f"WORK=$HOME/posttrain-work exec bash ~/{FOLDER}/run.sh {launch.job.name}\n"
     return out

@@ -20,6 +20,7 @@ BASE: dict[str, Any] = {
     "zone": "us-east5-b",
     "gke": {"cluster": "c", "queue": "q", "service_account": "posttrain"},
 }
+TWO_SLICES: dict[str, Any] = {"slices": 2, "set": [*BASE["set"], "mesh.data=2"]}
 STAND_IN = """#!/usr/bin/env python3
 import json, os, sys
 from pathlib import Path

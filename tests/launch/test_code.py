@@ -42,6 +42,7 @@ def test_the_same_files_are_the_same_bytes(root, tmp_path):
     (again / "posttrain" / "cli.py").touch()
     first, second = (code.read(r, [], allow_dirty=False).archive for r in (root, again))
     assert first == second
+    assert first[4:8] == bytes(4), "the time it was made"
 
 
 def test_changes_are_refused_by_name_or_travel(root):

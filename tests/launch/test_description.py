@@ -63,6 +63,12 @@ BROKEN = {
         *("gke", {"set": ["data.sources.gsm8k.path=data/train.jsonl"]}),
         "'data/train.jsonl' does not travel.*/bucket/post/",
     ),
+    "a run of this machine": (
+        *("gke", {"set": ["checkpoint.init_from=runs/first"]}),
+        "checkpoint.init_from: 'runs/first' does not travel",
+    ),
+    "mesh over slices": ("gke", {"slices": 2}, "mesh.data=1: each of the 2 slices"),
+    "no Secret": ("gke", {"secrets": {"HF_TOKEN": "HF_TOKEN"}}, "no name of a Kubernetes Secret"),
     "local model": ("gke", {"set": ["model.path=posttrain"]}, "'posttrain' does not travel"),
 }
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from tests.launch.fakes import TWO_SLICES
+
 REAL = shutil.which("gcloud")
 ON = ["--zone=us-east5-b", "--project=my-project"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "one": {},
     "spot": {"spot": True, "topology": "v5p-128"},
-    "two": {"slices": 2, "reservation": "r", "topology": "v5e:16x16"},
+    "two": TWO_SLICES | {"reservation": "r", "topology": "v5e:16x16"},
 }
 CREATED = {
     "one": ("v6e-16", "v2-alpha-tpuv6e", ["--node-id=tiny"]),
@@ -51,7 +53,7 @@ def test_what_travels_is_uploaded_and_the_slices_are_asked_for(setting, launched
 
 
 def test_a_slice_that_is_there_is_started_over_ssh_on_all_hosts(launched, engines):
-    assert launched("gcloud", slices=2, gcloud={"existing": True}).exit_code == 0
+    assert launched("gcloud", **TWO_SLICES, gcloud={"existing": True}).exit_code == 0
     lines = [words for _, words, _, _ in engines()]
     assert [words[:2] for words in lines[:2]] == [["storage", "cp"]] * 2
     for words, node in zip(lines[2:], ("tiny-0", "tiny-1"), strict=True):
@@ -93,7 +95,7 @@ case $name in {secret} mountpoint) exit 1;; systemd-run) shift 3; exec env -i "$
     said = launched(
         *("gcloud", "--dry-run"),
         env={"NOTE": "it's $(a) `b`"},
-        secrets={"HF_TOKEN": "hf"},
+        secrets={"HF_TOKEN": "hf/key"},
         mount=str(mount),
         set=[f"data.sources.gsm8k.path={mount}/train.jsonl"],
         retries=4,
@@ -173,7 +175,7 @@ def real_gcloud(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not REAL, reason="gcloud is not installed here")
 def test_the_real_gcloud_asks_for_what_we_meant(real_gcloud, launched, engines, tmp_path):
-    changes = {"slices": 2, "spot": True, "topology": "v5p:4x4x4"}
+    changes = TWO_SLICES | {"spot": True, "topology": "v5p:4x4x4"}
     launched("gcloud", **changes)
     launched("gcloud", "status", **changes)
     launched("gcloud", "stop", **changes)

@@ -28,7 +28,7 @@ EVERYTHING = {
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "v6e:4x4": {},
-    "v6e:16x16": {"slices": 4},
+    "v6e:16x16": {"slices": 4, "set": ["mesh.data=4"]},
     "v5e:16x16": {"mount": "/b"},
     "v5p:4x4x4": {"reservation": "ours"},
     "v5p:2x2x1": {},
@@ -149,7 +149,7 @@ def test_names_of_rules_are_those_that_the_webhook_takes(made):
 def test_slices_meet_and_one_slice_has_nobody_to_meet(made):
     one = {e["name"] for e in pod_of(made()[0])["containers"][0]["env"]}
     assert not any(name.startswith("MEGASCALE") for name in one)
-    jobset, _ = made(slices=2)
+    jobset, _ = made(slices=2, set=["mesh.data=2"])
     pod = pod_of(jobset)
     env = {e["name"]: e for e in pod["containers"][0]["env"]}
     assert env["MEGASCALE_NUM_SLICES"]["value"] == "2"
@@ -158,7 +158,8 @@ def test_slices_meet_and_one_slice_has_nobody_to_meet(made):
     assert field == "metadata.labels['jobset.sigs.k8s.io/job-index']"
     assert pod["hostNetwork"] is True
     assert pod["dnsPolicy"] == "ClusterFirstWithHostNet"
-    assert "hostNetwork" not in pod_of(made(slices=2, gke=GKE | {"host_network": False})[0])
+    own = made(slices=2, set=["mesh.data=2"], gke=GKE | {"host_network": False})[0]
+    assert "hostNetwork" not in pod_of(own)
 
 
 def test_spot_queue_secrets_and_grace_are_where_they_act(made):
@@ -204,7 +205,7 @@ def test_what_a_config_map_cannot_hold_is_told(launched, monkeypatch):
 
 def test_the_bucket_is_mounted_with_the_hosts_network_too(made):
     for slices in (1, 2):
-        jobset, _ = made(slices=slices)
+        jobset, _ = made(slices=slices, set=[f"mesh.data={slices}"])
         template = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
         assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
         attributes = template["spec"]["volumes"][1]["csi"]["volumeAttributes"]
