@@ -2,7 +2,7 @@
 
 A job of a description (docs/launch.md) on a cluster: checked here, then handed to kubectl, gcloud
 or sky. Without an action it is created; --dry-run prints what would be, and needs none of them.
-    python -m launch gke configs/launch/llama3_8b_v6e.yaml --dry-run
+    python -m launch gke configs/launch/qwen3_v6e.yaml --dry-run
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def usage() -> str:
     from posttrain.config_help import help_text
 
     actions = "\n".join(f"  {name:<7} {line}" for name, line in ACTIONS.items())
-    keys = help_text(LaunchConfig).replace("\n *", "\n  ").removeprefix(" *")
+    keys = f"\n{help_text(LaunchConfig)}".replace("\n *", "\n  ")
     return (
         f"usage: {(__doc__ or '').strip()}\n\nbackends: {', '.join(BACKENDS)}\n\n"
         f"actions:\n{actions}\n\nflags:\n  --dry-run  print it, do nothing\n"
-        f"  --show     print the resolved description\n\nkeys of a description:\n{keys}"
+        f"  --show     print the resolved description\n\nkeys of a description:{keys}"
     )
 
 
@@ -80,6 +80,10 @@ def prepare(cfg: LaunchConfig) -> tuple[Launch | None, list[Problem]]:
     return launch, problems
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _create(cfg: LaunchConfig, backend: Backend, problems: list[Problem]) -> Steps:
     launch, found = prepare(cfg)
     if problems + found:
@@ -89,9 +93,9 @@ def _create(cfg: LaunchConfig, backend: Backend, problems: list[Problem]) -> Ste
     one, said, changed = cfg.slice, launch.code.revision[:12], launch.code.changed
     if changed:
         said += f", with {len(changed)} changed: {', '.join(changed)}"
-    hosts = f"{one.hosts} host{'s' if one.hosts > 1 else ''} of {one.chips_per_host}"
     times = f"{cfg.slices} x " if cfg.slices > 1 else ""
-    head = (f"{times}{cfg.topology}: {one.chips} chips, {hosts}", f"code: {said}")
+    size = f"{_count(one.chips, 'chip')}, {_count(one.hosts, 'host')} of {one.chips_per_host}"
+    head = (f"{times}{cfg.topology}: {size}", f"code: {said}")
     for note in (*head, *launch.job.notes, *steps.notes):
         print(f"launch: {note}", file=sys.stderr)
     return steps

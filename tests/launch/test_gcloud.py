@@ -164,6 +164,7 @@ def real_gcloud(tmp_path, monkeypatch):
         "API_ENDPOINT_OVERRIDES_TPU": f"http://127.0.0.1:{server.server_address[1]}/",
         "AUTH_ACCESS_TOKEN_FILE": str(tmp_path / "token"),
         "CORE_DISABLE_PROMPTS": "1",
+        "CORE_CHECK_GCE_METADATA": "false",
         "CORE_DISABLE_USAGE_REPORTING": "1",
     }
     for name, value in settings.items():

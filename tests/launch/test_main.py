@@ -67,8 +67,9 @@ def test_what_was_changed_is_said(launched, checkout):
 
 
 def test_one_host_is_one_process(launched):
-    said = launched("gke", "--dry-run", topology="v6e:2x2")
+    said = launched("gke", "--dry-run", topology="v6e:1x1")
     assert said.exit_code == 0, said.err
+    assert "launch: v6e:1x1: 1 chip, 1 host of 1\n" in said.err
     assert "coordinator: ''" in said.out or 'coordinator: ""' in said.out
 
 
