@@ -249,6 +249,8 @@ def versions() -> dict[str, str]:
     if revision and _git("ls-files", "config.py"):
         changed = _git("status", "--porcelain", "--untracked-files=no")
         out["git"] = revision + ("-dirty" if changed else "")
+    elif (stamp := Path(__file__).with_name("REVISION")).exists():  # a launch left it
+        out["git"] = stamp.read_text(encoding="utf-8").strip()
     return out
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posttrain.config import Config, ConfigError, runtime
@@ -115,12 +116,35 @@ def _let_collectives_wait() -> None:
         os.environ.setdefault("NPROC", str(max(4 * devices, os.cpu_count() or 1)))
 
 
+def sizes_of_a_slice(shape: Sequence[int], slices: int) -> tuple[int, ...]:
+    """The part of a mesh's sizes that lies in each of several TPU slices.
+
+    Slices are joined by the data axis, whose only traffic are gradients: the network between them
+    is slow. Raises ConfigError if they do not divide it.
+    """
+    if shape[0] % slices:
+        raise ConfigError(
+            f"mesh.data={shape[0]}: each of the {slices} slices holds whole copies of the model, "
+            f"so it must be a multiple of {slices}"
+        )
+    return (shape[0] // slices, *shape[1:])
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh over all devices of the run (or those given), axes MESH_AXES, Auto mode."""
+    """The mesh over all devices of the run (or those given), axes MESH_AXES, Auto mode.
+
+    Raises ConfigError if the sizes do not fit the devices, or the slices they lie in.
+    """
     _let_collectives_wait()
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(cfg, len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:  # jax.make_mesh refuses them
+        one = sizes_of_a_slice(shape, slices)
+        between = (slices, *(1 for _ in shape[1:]))
+        laid = mesh_utils.create_hybrid_device_mesh(one, between, devices)
+        return jax.sharding.Mesh(laid, MESH_AXES, axis_types=types)
     return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
 
 

@@ -78,6 +78,7 @@ def module_of(path: Path) -> str:
 
 
 SOURCES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+LAUNCH = {module_of(path): path for path in sorted((ROOT / "launch").rglob("*.py"))}
 FOLDERS = sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists())
 
 
@@ -98,7 +99,7 @@ def imports_of(path: Path, nodes: list[ast.stmt] | None = None) -> list[str]:
             base = node.module or ""
             for alias in node.names:
                 whole = f"{base}.{alias.name}"
-                found.append(whole if whole in SOURCES else base)
+                found.append(whole if whole in SOURCES or whole in LAUNCH else base)
     return found
 
 
@@ -149,6 +150,26 @@ def test_every_module_is_reached_from_a_command():
     assert not sorted(set(SOURCES) - seen)
 
 
+def test_the_launcher_is_reached_and_stands_on_root_modules():
+    """`python -m launch` loads each of its files, and of posttrain no folder before it must."""
+    seen, todo = set(), ["launch.__main__"]
+    while todo:
+        module = todo.pop()
+        if module in LAUNCH and module not in seen:
+            seen.add(module)
+            todo += [*imports_of(LAUNCH[module]), module.rpartition(".")[0]]
+    assert not sorted(set(LAUNCH) - seen)
+    tops = {name for path in LAUNCH.values() for name in imports_of(path, tree_of(path).body)}
+    assert not {name for name in tops if name in SOURCES and house_of(name) not in ("", "cli")}
+    assert "posttrain.sharding" not in tops, "it loads jax"
+
+
+def test_every_backend_of_the_launcher_is_registered():
+    modules = {m.rpartition(".")[2] for m, path in LAUNCH.items() if "Backend(" in path.read_text()}
+    named = imports_of(LAUNCH["launch"])
+    assert modules == {m.rpartition(".")[2] for m in named} - {"base"}
+
+
 @pytest.mark.parametrize("folder", list(REGISTRIES))
 def test_every_file_of_a_registry_is_registered(folder):
     names, helpers = REGISTRIES[folder]
@@ -184,7 +205,7 @@ def config_fields() -> list[tuple[Path, str, str, int]]:
     """(file, class, field, line) of each field declared by semantic(...) or runtime(...)."""
     return [
         (path, owner.name, node.target.id, node.lineno)
-        for path in SOURCES.values()
+        for path in (SOURCES | LAUNCH).values()
         for owner in ast.walk(tree_of(path))
         if isinstance(owner, ast.ClassDef)
         for node in owner.body
@@ -199,7 +220,7 @@ def test_every_config_field_is_read():
     """As an attribute somewhere; or by name, in its own file, where that file uses getattr."""
     attributes = {
         node.attr
-        for path in SOURCES.values()
+        for path in (SOURCES | LAUNCH).values()
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
@@ -272,5 +293,5 @@ def test_every_module_is_named_by_a_test():
     words = set()
     for path in (ROOT / "tests").rglob("*.py"):
         words |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
-    modules = {path.stem for path in SOURCES.values()} - {"__init__"}
+    modules = {path.stem for path in (SOURCES | LAUNCH).values()} - {"__init__"}
     assert not sorted(modules - words)

@@ -11,7 +11,8 @@ import pytest
 from posttrain import cli
 
 ROOT = Path(__file__).parents[1]
-JOB_CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "overlays")
+NO_JOBS = ("overlays", "launch")
+JOB_CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name not in NO_JOBS)
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 HEADER = re.compile(r"^# (command|hardware|time|score) {2,}(\S.*)$", re.MULTILINE)
 
@@ -45,7 +46,8 @@ def test_a_header_gives_command_hardware_time_and_score(path, capsys, monkeypatc
 
 
 def test_configs_that_code_and_pages_name_are_there():
-    files = [*(ROOT / "posttrain").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    code = [path for folder in ("posttrain", "launch") for path in (ROOT / folder).rglob("*.py")]
+    files = [*code, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     named = {path for f in files for path in re.findall(r"configs/[\w/]+\.yaml", f.read_text())}
     assert len(named) >= 5, "the search itself is broken"
     assert {path for path in named if not (ROOT / path).exists()} == set()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 
 import pytest
+
+from posttrain.config import ConfigError
+from posttrain.sharding import MeshConfig, make_mesh
 
 COUNT = """
 import os
@@ -28,3 +32,26 @@ def test_devices_have_threads_for_several_collectives_each() -> None:
     devices, threads = map(int, done.stdout.split())
     assert devices == 4, done.stderr
     assert threads >= 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device of one of several TPU slices."""
+
+    id: int
+    slice_index: int
+    device_kind: str = "stand-in"
+    platform: str = "stand-in"
+    process_index: int = 0
+    client: None = None
+
+
+def test_slices_are_joined_by_the_data_axis_alone() -> None:
+    """jax.make_mesh refuses several slices; an fsdp axis over two would gather between them."""
+    devices = [Device(i, slice_index=i % 2) for i in range(8)]
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2), devices)
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == (4, 2)
+    slices = [{device.slice_index for device in row.flat} for row in mesh.devices]
+    assert slices == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ConfigError, match=r"mesh\.data=1: each of the 2 slices"):
+        make_mesh(MeshConfig(), devices)
