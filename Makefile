@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# compiled with little optimisation: tests compile much and run little
+LITTLE := XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)"
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: setup demo test parity soak bench docs lint clean
@@ -13,20 +15,24 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.run
 	$(BIN)/posttrain demo
 
-# compiled with little optimisation: tests compile much and run little
 test: $(VENV)/.dev
-	XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)" \
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(LITTLE) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest -m parity --numprocesses $(WORKERS) --dist loadfile
+	$(LITTLE) $(BIN)/python -m pytest -m parity --numprocesses $(WORKERS) --dist loadfile
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak --numprocesses $(WORKERS) --dist loadfile
 
-# PEERS=trl: compared with TRL too, which the parity environment installs
-bench: $(VENV)/$(if $(PEERS),.parity,.dev)
+# PEERS=trl: compared with TRL too, which the parity environment installs; PEERS=trl,tunix: with
+# Tunix as well, in an environment of its own
+bench: $(VENV)/$(if $(PEERS),.parity,.dev) $(if $(findstring tunix,$(PEERS)),.venv-tunix/.made)
 	BENCH_PEERS=$(PEERS) $(BIN)/python -m pytest -m bench --capture no
+
+.venv-tunix/.made:
+	$(PYTHON) -m venv .venv-tunix
+	.venv-tunix/bin/python -m pip install --quiet google-tunix==0.1.7
+	touch $@
 
 # the pages that are written from docstrings
 docs: $(VENV)/.run
@@ -38,7 +44,7 @@ lint: $(VENV)/.dev
 	$(BIN)/basedpyright
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-tunix .cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

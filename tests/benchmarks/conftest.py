@@ -27,3 +27,14 @@ def trl() -> None:
     """Skips unless BENCH_PEERS names TRL (`make bench PEERS=trl`)."""
     if "trl" not in os.environ.get("BENCH_PEERS", "").split(","):
         pytest.skip("make bench PEERS=trl compares with TRL, through the parity environment")
+
+
+@pytest.fixture(scope="session")
+def tunix() -> str:
+    """The Python that has Tunix, where BENCH_PEERS names it; else "", and Tunix is left out.
+
+    BENCH_TUNIX, or that of the environment which `make bench PEERS=trl,tunix` makes.
+    """
+    if "tunix" not in os.environ.get("BENCH_PEERS", "").split(","):
+        return ""
+    return os.environ.get("BENCH_TUNIX", str(harness.ROOT / ".venv-tunix/bin/python"))

@@ -53,7 +53,12 @@ class Run:
         return self.steps[0]["wall"]
 
 
-def measure(module: str, *arguments: str, env: Mapping[str, str] | None = None) -> Run:
+def measure(
+    module: str,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    python: str = sys.executable,
+) -> Run:
     """`python -m module OUT arguments ...`, a process of its own. RuntimeError with what it said.
 
     BENCH_PREFIX is a command that starts it, where one is wished (`taskset -c 0-3`, `nice -n -20`).
@@ -62,7 +67,7 @@ def measure(module: str, *arguments: str, env: Mapping[str, str] | None = None) 
     out = FOLDER / f"side.{os.getpid()}.json"
     out.unlink(missing_ok=True)
     prefix = shlex.split(os.environ.get("BENCH_PREFIX", ""))
-    command = [*prefix, sys.executable, "-m", module, str(out), *arguments]
+    command = [*prefix, python, "-m", module, str(out), *arguments]
     done = subprocess.run(
         command,
         cwd=ROOT,

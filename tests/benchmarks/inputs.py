@@ -1,4 +1,4 @@
-"""What both sides of a comparison open: one model folder, one file of conversations, one of pairs.
+"""What both sides of a comparison open: one model folder, files of conversations, pairs, prompts.
 
 The model: Llama, hidden 512, 8 layers, vocabulary of 32,000, random float32 weights. numpy writes
 it as a Hugging Face folder, so that neither side had a hand in it. Its template ends with the
@@ -26,6 +26,7 @@ SHAPE = {
     "vocab_size": 32_000,
 }
 SEQ_LEN = 512
+PROMPTS, LONGEST_PROMPT = 64, 192
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -41,12 +42,15 @@ class Inputs:
     model: Path
     conversations: Path
     pairs: Path
+    prompts: Path
 
 
 def write_inputs(folder: Path, data: Path) -> Inputs:
-    """Made from the test data, once: gsm8k (all of it) and LLaMA-Factory's pairs that fit a row."""
-    inputs = Inputs(folder / "model", folder / "conversations.jsonl", folder / "pairs.jsonl")
-    if inputs.pairs.exists():  # the last that is written
+    """Made from the test data, once: gsm8k (all of it), LLaMA-Factory's pairs that fit a row, and
+    gsm8k's first PROMPTS questions of at most LONGEST_PROMPT tokens, to be answered."""
+    names = ("conversations.jsonl", "pairs.jsonl", "prompts.jsonl")
+    inputs = Inputs(folder / "model", *(folder / name for name in names))
+    if inputs.prompts.exists():  # the last that is written
         return inputs
     shutil.rmtree(folder, ignore_errors=True)
     _write_model(inputs.model, data / "golden/model")
@@ -56,7 +60,15 @@ def write_inputs(folder: Path, data: Path) -> Inputs:
     tokenizer = tokenizers.Tokenizer.from_file(str(inputs.model / "tokenizer.json"))
     rows = map(json.loads, (data / "data/llama_factory/dpo_en_demo.jsonl").read_text().splitlines())
     _write_lines(inputs.pairs, [pair for row in rows if (pair := _pair(row, tokenizer))])
+    asked = [{"prompt": said[:1]} for said in turns if _asks(said, tokenizer) <= LONGEST_PROMPT]
+    _write_lines(inputs.prompts, asked[:PROMPTS])
     return inputs
+
+
+def _asks(turns: list[dict[str, str]], tokenizer: tokenizers.Tokenizer) -> int:
+    """Tokens of the prompt, to the point where the answer begins."""
+    text = f"<|im_start|>user\n{turns[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+    return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _pair(row: dict, tokenizer: tokenizers.Tokenizer) -> dict | None:

@@ -1,7 +1,7 @@
 """A run of ours as a process that is measured: `python -m tests.benchmarks.side_ours OUT job ...`.
 
-Runs `posttrain job ...` unchanged but for a clock where the host learns that a step, or a batch of
-the reference's pass, is done. OUT becomes what harness.Run reads.
+Runs `posttrain job ...` unchanged but for a clock where the host learns that a step, a batch of the
+reference's pass, or a round of answers is done. OUT becomes what harness.Run reads.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main() -> int:
                 data_wait=metrics["data_wait_seconds"],
                 tflops=metrics.get("tflops_per_second", 0.0),
                 seconds=metrics["seconds"],
+                sampled=int(metrics.get("sampled_tokens", 0)),
             )
             tokens = int(metrics["num_tokens"])
         write(self, step, metrics)
@@ -51,12 +52,28 @@ def main() -> int:
     reporting.Writer.write = timed_write
     reporting.Progress.__init__ = named
     reporting.Progress.update = timed_update
+    if arguments[0] == "rl":
+        _mark_rounds(clock)
     from posttrain.cli import main as command
 
     code = command(arguments)
     clock.mark("end")
     clock.write(out)
     return code
+
+
+def _mark_rounds(clock: Clock) -> None:
+    """A mark "sampled" where a round is there and its training may begin."""
+    from posttrain.train.online import OnlineSource
+
+    following = OnlineSource.next
+
+    def timed_next(self: OnlineSource, state: object) -> object:
+        batch = following(self, state)
+        clock.mark("sampled")
+        return batch
+
+    OnlineSource.next = timed_next  # pyright: ignore[reportAttributeAccessIssue]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from tests.benchmarks import harness
 from tests.benchmarks.clock import Clock
 from tests.benchmarks.harness import Figure, Run, best_of, fill_in, in_turns, number, table
-from tests.benchmarks.inputs import SHAPE, write_inputs
+from tests.benchmarks.inputs import PROMPTS, SHAPE, write_inputs
+from tests.benchmarks.runs import sampling_rate, sampling_spans, training_rate
 
 
 def run_of(*steps: tuple[float, float, int]) -> Run:
@@ -28,6 +29,17 @@ def test_a_rate_leaves_out_the_first_step_and_its_time():
     assert run.per_second("trained", clock="wall") == pytest.approx(90 / 5)
     assert run.per_second("trained", warm=2) == pytest.approx(60 / 6)
     assert run.first_step == 10.0
+
+
+def test_a_step_of_learning_online_is_split_where_its_answers_are_there():
+    """The first step is left out, with the sampling before it."""
+    steps = [{"wall": t, "cpu": 2 * t, "sampled": 100} for t in (20.0, 30.0, 42.0)]
+    sampled = [{"wall": t, "cpu": 2 * t} for t in (15.0, 22.0, 33.0)]
+    run = Run(steps, {"sampled": sampled}, peak_bytes=0, others=0.0)
+    assert sampling_spans(run, "wall") == [2.0, 3.0]
+    assert sampling_rate(run) == pytest.approx(200 / 10)
+    assert training_rate(run) == pytest.approx(200 / 34)
+    assert run.per_second("sampled") == pytest.approx(200 / 44)
 
 
 def test_the_ratio_is_the_median_of_the_rounds_own_ratios():
@@ -127,3 +139,5 @@ def test_both_sides_open_the_same_files(data_dir, tmp_path):
     pairs = [json.loads(line) for line in inputs.pairs.read_text().splitlines()]
     assert len(pairs) >= 24, "six steps of four pairs"
     assert all(set(pair) == {"prompt", "chosen", "rejected"} for pair in pairs)
+    prompts = [json.loads(line)["prompt"] for line in inputs.prompts.read_text().splitlines()]
+    assert [[said["role"] for said in prompt] for prompt in prompts] == [["user"]] * PROMPTS
