@@ -222,7 +222,8 @@ def open_answerer(cfg: Answering, prompts: Sequence[Prompt]) -> Answerer:
         if cfg.seq_len is not None and cfg.seq_len > room:
             raise ConfigError(f"seq_len is {cfg.seq_len}, and the model's context is {room}")
         context = cfg.seq_len or room
-        refuse(prompts, model.chat, cfg.sampling, tools, context, max_turns=cfg.tools.max_turns)
+        turns, split = cfg.tools.max_turns, cfg.split
+        refuse(prompts, model.chat, cfg.sampling, tools, context, max_turns=turns, split=split)
         weights = fingerprint_of(model.params) if isinstance(cfg, Config) else ""
         whole = nnx.merge(model.graphdef, nnx.State(model.params))
         engine = Engine(whole, slots=cfg.slots, length=cfg.seq_len, tokenizer=model.tokenizer)
@@ -238,7 +239,8 @@ def _at_a_server(
 
     folder = local_folder(cfg.model.path)
     chat = ChatTemplate.load(folder, Tokenizer.load(folder), cfg.chat)
-    refuse(prompts, chat, cfg.sampling, tools, cfg.seq_len, max_turns=cfg.tools.max_turns)
+    turns, split = cfg.tools.max_turns, cfg.split
+    refuse(prompts, chat, cfg.sampling, tools, cfg.seq_len, max_turns=turns, split=split)
     return Answerer(RemoteEngine(server, chat), chat, cfg.seq_len, tools)
 
 

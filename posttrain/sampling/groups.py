@@ -28,10 +28,15 @@ def refuse(
     context: int | None,
     *,
     max_turns: int = 8,
-) -> None:
-    """ConfigError before anything is sampled: prompts that leave no room for an answer, or that the
-    template does not take, with answers of the tools behind them."""
-    wrong = []
+    split: str = "",
+) -> int:
+    """Tokens of the shortest of the prompts (of none: 0).
+
+    ConfigError before anything is sampled: prompts that leave no room for an answer in `context`
+    tokens, or that the template does not take, with answers of the tools behind them. split: of
+    the task's prompts, for the message.
+    """
+    wrong, lengths = [], [0] * (not prompts)
     steady: set[str] = set()
     for prompt in prompts:
         try:
@@ -40,16 +45,20 @@ def refuse(
             reason = error.reason if isinstance(error, ChatError) else str(error)
             wrong.append(f"{prompt.id}: {reason}")
             continue
+        lengths.append(len(ids))
         if context is not None and len(ids) + sampling.max_new_tokens > context:
             wrong.append(f"{prompt.id}: {len(ids)} tokens")
     if wrong:
         more = [f"... and {len(wrong) - _SHOWN:,} more"] if len(wrong) > _SHOWN else []
-        room = "" if context is None else f" in the model's context of {context}"
+        split += " " * bool(split)
+        room = f" in {context} tokens (seq_len, or the model's context)" if context else ""
+        longest = f" (the longest has {max(lengths)})" if lengths else ""
         raise ConfigError(
-            f"task: {len(wrong):,} of {len(prompts):,} prompts cannot be asked, or leave no room "
-            f"for sampling.max_new_tokens={sampling.max_new_tokens}{room}:\n    "
+            f"task: {len(wrong):,} of {len(prompts):,} {split}prompts cannot be asked, or leave "
+            f"no room for sampling.max_new_tokens={sampling.max_new_tokens}{room}{longest}:\n    "
             + "\n    ".join([*wrong[:_SHOWN], *more])
         )
+    return min(lengths)
 
 
 def answer_all(

@@ -24,6 +24,7 @@ from posttrain.models.folder import local_folder
 from posttrain.models.nested import join
 from posttrain.rewards.scorer import Scorer
 from posttrain.sampling.engine import Engine
+from posttrain.sampling.groups import refuse
 from posttrain.sampling.request import RolloutEngine
 from posttrain.tools import Tool, open_tools
 from posttrain.train import loop
@@ -38,7 +39,7 @@ from posttrain.train.online import Judges, OnlineSource
 from posttrain.train.online_steps import Critic, make_steps
 from posttrain.train.parts import Parts
 from posttrain.train.passes import Passes
-from posttrain.train.prompts import PromptStream, shortest_that_fit
+from posttrain.train.prompts import PromptStream
 from posttrain.train.reference import live_reference
 from posttrain.train.rollout_rows import Shape
 from posttrain.train.setup import free, refuse_long_rows, refuse_what_has_no_use
@@ -134,17 +135,20 @@ def _shape(
     """What batches look like; refuses prompts that would not fit before anything is sampled."""
     cfg = parts.cfg
     rounds = -(-steps // cfg.round.updates)
-    schemas = tuple(tool.schema for tool in tools.values())
     shortest = []
     for split, prompts in (
         ("train", stream.first(rounds * cfg.round.prompts * (1 + cfg.round.resample))),
-        ("held-out", held_out[: cfg.eval.prompts]),
+        ("held_out", held_out[: cfg.eval.prompts]),
     ):
-        shown = [p if p.tools else dataclasses.replace(p, tools=schemas) for p in prompts]
-        if shown:
-            new_tokens, seq_len = cfg.sampling.max_new_tokens, cfg.round.seq_len
-            length = shortest_that_fit(
-                shown, parts.model.chat, new_tokens=new_tokens, seq_len=seq_len, split=split
+        if prompts:
+            length = refuse(
+                prompts,
+                parts.model.chat,
+                cfg.sampling,
+                tools,
+                cfg.round.seq_len,
+                max_turns=cfg.tools.max_turns,
+                split=split,
             )
             shortest.append(length)
     return Shape(

@@ -19,6 +19,7 @@ from tests.benchmarks.clock import Clock
 def main() -> int:
     out, settings = sys.argv[1], json.loads(sys.argv[2])
     clock = Clock()
+    import jax
     from flax import nnx
 
     from posttrain.chat.config import ChatConfig
@@ -43,7 +44,8 @@ def main() -> int:
         each = enumerate(prompts[k * asked : (k + 1) * asked], start=k << 32)
         found = engine.generate([Request(p, how, seed=i, n=answers) for i, p in each])
         clock.step(sampled=sum(len(c.tokens) for of in found for c in of))
-    clock.mark("memory", **held(programs))
+    with jax.set_mesh(engine.mesh):
+        clock.mark("memory", **held(programs))
     clock.write(out)
     return 0
 

@@ -171,5 +171,5 @@ def test_a_preset_fills_what_is_not_set_and_the_resolved_config_says_all_of_it(
 
 
 def test_prompts_that_cannot_fit_are_refused_before_anything_is_sampled(run_rl: Runner) -> None:
-    with pytest.raises(ConfigError, match=r"train prompts have more than the 2 tokens"):
+    with pytest.raises(ConfigError, match=r"train prompts cannot be asked, or leave no room"):
         run_rl("round.seq_len=10", "train.steps=1")

@@ -145,10 +145,13 @@ def test_what_fails_while_several_processes_sample_is_raised_where_all_learn_of_
 def test_prompts_that_cannot_be_asked_are_refused_before_anything_runs(chatml, data_dir):
     sizes = [len(chatml.generation_prompt(p.messages)) for p in PROMPTS]
     room = max(sizes) + SAMPLING.max_new_tokens
-    refuse(PROMPTS, chatml, SAMPLING, {}, room)
+    assert refuse(PROMPTS, chatml, SAMPLING, {}, room) == min(sizes)
     long = prompt("?" * 50, name="long")
     with pytest.raises(ConfigError, match=r"1 of 6 prompts(.|\n)*long: \d+ tokens"):
         refuse([*PROMPTS, long], chatml, SAMPLING, {}, room)
+    few = f"{len(PROMPTS)} of 5 train prompts(.|\n)*longest has {max(sizes)}"
+    with pytest.raises(ConfigError, match=few):
+        refuse(PROMPTS, chatml, SAMPLING, {}, SAMPLING.max_new_tokens, split="train")
     without = "{% if tools %}{{ raise_exception('no tools here') }}{% endif %}"
     chat = template(data_dir, without + TEMPLATES["chatml"])
     refuse(PROMPTS, chat, SAMPLING, {}, room)

@@ -1,26 +1,14 @@
-"""The order of prompts, and prompts that leave no room for an answer."""
+"""The order of prompts."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from posttrain.chat.template import ChatError
 from posttrain.config import ConfigError
-from posttrain.train.prompts import PromptStream, shortest_that_fit
+from posttrain.train.prompts import PromptStream
 from posttrain.types import Prompt
 
 PROMPTS = [Prompt(f"p/{i}", ({"role": "user", "content": "x" * (i + 1)},)) for i in range(10)]
-
-
-class Chat:
-    """A token for each character."""
-
-    def generation_prompt(self, messages: Any, tools: Any, **_: Any) -> list[int]:
-        if messages[0]["content"] == "?":
-            raise ChatError("no questions", "rendered")
-        return [0] * len(messages[0]["content"])
 
 
 def ids(prompts: list[Prompt]) -> list[str]:
@@ -50,18 +38,6 @@ def test_sequential_prompts_come_as_the_task_has_them() -> None:
     assert len(stream.first(99)) == 10
 
 
-def test_prompts_that_leave_no_room_are_all_told() -> None:
-    chat: Any = Chat()
-    fits = {"new_tokens": 4, "seq_len": 14, "split": "train"}
-    assert shortest_that_fit(PROMPTS, chat, **fits) == 1
-    with pytest.raises(
-        ConfigError, match=r"7 of 10 train prompts have more than the 3 tokens"
-    ) as e:
-        shortest_that_fit(PROMPTS, chat, new_tokens=11, seq_len=14, split="train")
-    assert "prompt p/3: 4 tokens" in str(e.value)
-    assert "the longest has 10" in str(e.value)
-    asked = [*PROMPTS, Prompt("odd", ({"role": "user", "content": "?"},))]
-    with pytest.raises(ValueError, match=r"prompt odd: no questions$"):
-        shortest_that_fit(asked, chat, **fits)
+def test_a_task_without_prompts_is_refused() -> None:
     with pytest.raises(ConfigError, match="no prompts"):
         PromptStream([], 0, shuffled=True)
