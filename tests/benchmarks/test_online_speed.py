@@ -78,7 +78,7 @@ def test_a_step_of_grpo(
     for name, runs in found.items():
         for step in (step for run in runs for step in run.steps):
             assert step["examples"] == ASKED * ANSWERS, (name, step)
-            assert step["sampled"] >= 0.98 * whole, (name, step)
+            assert step["sampled"] >= 0.95 * whole, (name, step)
     assert all(figure.reached is not False for figure in figures)
 
 
