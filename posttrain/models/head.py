@@ -1,8 +1,9 @@
 """The vocabulary head: log-probabilities of trained tokens, without ever holding all logits.
 
 Inside shard_map each shard compacts ITS OWN trained positions to a static budget and walks them
-in chunks. W is gathered over `fsdp` once before the loop and its gradient, added up in float32,
-scattered once after it; in the loop only softmax statistics cross, and only over `tensor`.
+in chunks, as many as it fills: a budget that is too large costs no logits. W is gathered over
+`fsdp` once before the loop and its gradient, added up in float32, scattered once after it; in the
+loop only softmax statistics cross, and only over `tensor`.
 
 Shape suffixes: B rows, T positions, D embed, V vocabulary rows, n compacted positions, c chunk.
 """
@@ -95,6 +96,11 @@ def _positions(trained_BT: jax.Array, plan: _Plan) -> jax.Array:
     return at.reshape(-1, plan.chunk).astype(jnp.int32)
 
 
+def _walked(trained_BT: jax.Array, plan: _Plan) -> jax.Array:
+    """How many chunks hold a trained position: the first ones. The same over `tensor`."""
+    return -(-jnp.minimum(trained_BT.sum(dtype=jnp.int32), plan.slots) // plan.chunk)
+
+
 def _take(x: jax.Array, at_c: jax.Array) -> jax.Array:
     """x[at_c], 0 past the end."""
     return x.at[at_c].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
@@ -110,7 +116,7 @@ def _forward(hidden_BTD, w, next_BT, trained_BT, plan: _Plan):  # inside shard_m
     at = _positions(trained_BT, plan)
     w_DV = _gather(w, hidden_BTD.dtype, plan)
 
-    def body(_: None, at_c: jax.Array) -> tuple[None, dict[str, jax.Array]]:
+    def chunk(at_c: jax.Array) -> dict[str, jax.Array]:
         y = _take(tokens, at_c)
         z, ids = _logits(_take(h_flat, at_c), w_DV, plan)
         top = _over_tensor(jax.lax.pmax, z.max(-1), plan)
@@ -128,9 +134,15 @@ def _forward(hidden_BTD, w, next_BT, trained_BT, plan: _Plan):  # inside shard_m
             squares = jnp.exp(2 * (z - top[:, None])).sum(-1)
             squares = jnp.log(_over_tensor(jax.lax.psum, squares, plan))
             out["log_sum_sq"] = squares + 2 * (top - lse)
-        return None, out
+        return out
 
-    _, out = jax.lax.scan(body, None, at)
+    def body(i: jax.Array, out: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {k: out[k].at[i].set(v) for k, v in chunk(at[i]).items()}
+
+    names = jax.eval_shape(chunk, at[0])
+    out = jax.lax.fori_loop(
+        0, _walked(trained_BT, plan), body, {k: jnp.zeros(at.shape, jnp.float32) for k in names}
+    )
     zeros = jnp.zeros(next_BT.size, jnp.float32)
     out = {k: _put(zeros, at.reshape(-1), v.reshape(-1)) for k, v in out.items()}
     out = {k: v.reshape(next_BT.shape) for k, v in out.items()}
@@ -143,11 +155,12 @@ def _forward(hidden_BTD, w, next_BT, trained_BT, plan: _Plan):  # inside shard_m
 
 def _backward(hidden_BTD, w, next_BT, trained_BT, saved, ct, plan: _Plan):  # inside shard_map
     tokens, h_flat = next_BT.reshape(-1), hidden_BTD.reshape(next_BT.size, -1)
+    at = _positions(trained_BT, plan)
     w_DV = _gather(w, hidden_BTD.dtype, plan)
     saved, ct = ({k: v.reshape(-1) for k, v in tree.items()} for tree in (saved, ct))
 
-    def body(carry: tuple[jax.Array, jax.Array], at_c: jax.Array) -> Any:
-        dw_DV, dh_flat = carry
+    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        at_c, (dw_DV, dh_flat) = at[i], carry
         h, y = _take(h_flat, at_c), _take(tokens, at_c)
         z, ids = _logits(h, w_DV, plan)
         logp = z - _take(saved["lse"], at_c)[:, None]
@@ -163,10 +176,10 @@ def _backward(hidden_BTD, w, next_BT, trained_BT, saved, ct, plan: _Plan):  # in
         dz = dz.astype(w_DV.dtype)
         dh = jnp.einsum("cv,dv->cd", dz, w_DV, preferred_element_type=jnp.float32)
         dw_DV += jnp.einsum("cd,cv->dv", h, dz, preferred_element_type=jnp.float32)
-        return (dw_DV, _put(dh_flat, at_c, dh.astype(dh_flat.dtype))), None
+        return dw_DV, _put(dh_flat, at_c, dh.astype(dh_flat.dtype))
 
     zeros = (jnp.zeros(w_DV.shape, jnp.float32), jnp.zeros_like(h_flat))
-    (dw, dh), _ = jax.lax.scan(body, zeros, _positions(trained_BT, plan))
+    dw, dh = jax.lax.fori_loop(0, _walked(trained_BT, plan), body, zeros)
     if plan.fsdp:
         dw = jax.lax.psum_scatter(dw, plan.fsdp, scatter_dimension=0, tiled=True)
     others = (*BATCH_AXES, *([plan.context] if plan.context else []))

@@ -87,7 +87,6 @@ class OnlineSource:
         self._waited = 0.0
         answers, steps = cfg.round.prompts * cfg.round.answers, cfg.round.steps
         self._room = shape.micro_batches(-(-answers // steps))
-        self.budget = 0
 
     @property
     def tokens(self) -> int:
@@ -107,8 +106,8 @@ class OnlineSource:
     def next(self, state: Any) -> Batch:
         """The next step's batch; where a round is over, the next one is sampled first.
 
-        `budget` says afterwards for which budget of the head. Raises Stopped, what a reward
-        raised, and ValueError where a round leaves nothing to train on.
+        Raises Stopped, what a reward raised, and ValueError where a round leaves nothing to train
+        on.
         """
         began = time.monotonic()
         number, update = divmod(self._step, self._cfg.round.updates)
@@ -301,7 +300,6 @@ class OnlineSource:
         ids = np.sort(np.array_split(order, cfg.steps)[part])
         answers = made.answers.take(ids.tolist())
         layout = lay_out(answers.lengths, answers.trained, self._shape, self._room)
-        self.budget = layout.budget
         size = StepSize(
             examples=len(answers),
             trained=int(answers.trained.sum()),

@@ -1,12 +1,10 @@
 """The steps of a run that learns online: the policy's, and before it the critic's, on one batch.
 
-Each is the one train step (step.py) with its own Forward and optimiser, compiled for each budget of
-the head that rounds come to.
+Each is the one train step (step.py) with its own Forward and optimiser.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,10 +24,8 @@ Step = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 @dataclass(frozen=True)
 class Critic:
-    """forward: of a head's budget (a critic's head has none: one program serves all)."""
-
     cfg: CriticConfig
-    forward: Callable[[int], Forward]
+    forward: Forward
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """For a run of so many steps; its schedule spans all of them (PITFALL: a value head that
@@ -39,13 +35,13 @@ class Critic:
 
 def make_steps(
     cfg: Any,
-    forward: Callable[[int], Forward],
+    forward: Forward,
     tx: optax.GradientTransformation,
     steps: int,
     state: TrainState,
     critic: Critic | None,
-) -> Callable[[int], Step]:
-    """Budget of the head -> the step, made once for each.
+) -> Step:
+    """The step of a run.
 
     The critic's metrics are reported under critic/, but for those that have a place of their own.
     """
@@ -54,28 +50,24 @@ def make_steps(
     if critic is not None:
         assert state.critic is not None
         critic_step = train_step_fn(
-            critic.forward(1),
+            critic.forward,
             critic.optimizer(steps),
             optim.schedule(critic.cfg.optim, steps),
             critic.cfg.optim.clip_norm,
             state.critic,
         )
 
-    @functools.cache
-    def made(budget: int) -> Step:
-        rate, clip_norm = optim.schedule(cfg.optim, steps), cfg.optim.clip_norm
-        policy_step = train_step_fn(forward(budget), tx, rate, clip_norm, policy_alone)
+    rate, clip_norm = optim.schedule(cfg.optim, steps), cfg.optim.clip_norm
+    policy_step = train_step_fn(forward, tx, rate, clip_norm, policy_alone)
 
-        def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
-            following, learned = state.critic, {}
-            if critic_step is not None:
-                following, learned = critic_step(following, batch)
-            state, metrics = policy_step(replace(state, critic=None), batch, None, frozen)
-            return replace(state, critic=following), metrics | _of_critic(learned)
+    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
+        following, learned = state.critic, {}
+        if critic_step is not None:
+            following, learned = critic_step(following, batch)
+        state, metrics = policy_step(replace(state, critic=None), batch, None, frozen)
+        return replace(state, critic=following), metrics | _of_critic(learned)
 
-        return step
-
-    return made
+    return step
 
 
 def _of_critic(metrics: Metrics) -> Metrics:

@@ -28,13 +28,12 @@ def put(answers: Answers, layout: Layout, shape: Shape, mesh: jax.sharding.Mesh)
 
 
 class Passes:
-    """Forward passes of one model. forward: of a head's budget; room: micro-batches of the largest
-    round. One program for each budget serves all parameters of that model; a critic's head has no
-    budget, and one program serves all rounds."""
+    """Forward passes of one model. room: micro-batches of the largest round. One program serves all
+    rounds and all parameters of that model."""
 
     def __init__(
         self,
-        forward: Callable[[int], Forward],
+        forward: Forward,
         shape: Shape,
         mesh: jax.sharding.Mesh,
         room: int,
@@ -45,19 +44,13 @@ class Passes:
         self._values = values
 
     @functools.cached_property
-    def _programs(self) -> Callable[[int], Callable[..., jax.Array]]:
-        @functools.cache
-        def made(budget: int) -> Callable[..., jax.Array]:
-            forward = self._forward(budget)
+    def _program(self) -> Callable[..., jax.Array]:
+        def said(params: Any, batch: Batch, number: Any) -> jax.Array:
+            micro = jax.tree.map(lambda x: x[number], batch)
+            outputs = self._forward.outputs(params, micro)
+            return outputs.values if self._values else outputs.logps
 
-            def said(params: Any, batch: Batch, number: Any) -> jax.Array:
-                micro = jax.tree.map(lambda x: x[number], batch)
-                outputs = forward.outputs(params, micro)
-                return outputs.values if self._values else outputs.logps
-
-            return jax.jit(said, out_shardings=sharding.replicated(self._mesh))
-
-        return made
+        return jax.jit(said, out_shardings=sharding.replicated(self._mesh))
 
     def __call__(self, params: Any, answers: Answers) -> Tokens:
         """Of each answer, float32 [n]: log-probs of its sampled tokens (0 elsewhere), or a critic's
@@ -65,7 +58,6 @@ class Passes:
         plain = Answers(answers.tokens, answers.weights, answers.sampled_logps)
         layout = lay_out(answers.lengths, answers.trained, self._shape, self._room)
         batch = replace(put(plain, layout, self._shape, self._mesh), sampled_logps=None)
-        program = self._programs(1 if self._values else layout.budget)
-        said = [program(params, batch, number) for number in range(layout.live)]
+        said = [self._program(params, batch, number) for number in range(layout.live)]
         rows = np.stack(jax.device_get(said))
         return take_out(rows, layout.ids[: layout.live], answers.lengths)

@@ -2,8 +2,7 @@
 
 A step's answers are packed into rows of seq_len tokens, the rows dealt to micro-batches of a fixed
 number of rows. There is room for one answer a row; micro-batches that stay empty come last, and the
-step passes over them (Forward.ragged). What is compiled depends on the head's budget alone, which
-is one of BUDGETS.
+step passes over them (Forward.ragged). One program serves all lengths.
 
 Shapes: N answers, A micro-batches, B rows, T = seq_len positions, S segments of a row.
 """
@@ -22,9 +21,6 @@ from posttrain.data.pipeline import make_rows
 from posttrain.data.plan import spread
 from posttrain.train.answers import Answers
 from posttrain.types import Batch, Example
-
-BUDGETS = (0.25, 0.5, 0.75, 1.0)
-"""Trained tokens that a shard's rows of a micro-batch have room for, as a share of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +46,10 @@ class Shape:
 @dataclass(frozen=True)
 class Layout:
     """Where answers lie. ids: index of an answer, -1 where there is no segment. live: micro-batches
-    that hold any, the first ones. budget: a shard's trained tokens of a micro-batch at the most, as
-    the head is compiled for."""
+    that hold any, the first ones."""
 
     ids: Int[np.ndarray, "A B S"]
     live: int
-    budget: int
 
 
 def lay_out(
@@ -68,14 +62,11 @@ def lay_out(
     groups = live * shape.shards
     loads = np.array([trained[row].sum() for row in rows])
     ids = np.full((room * shape.shards, shape.rows, shape.segments), -1, np.int32)
-    place, held = np.zeros(groups, np.int64), np.zeros(groups, np.int64)
-    for row, load, group in zip(rows, loads, spread(loads, groups, shape.rows), strict=True):
+    place = np.zeros(groups, np.int64)
+    for row, group in zip(rows, spread(loads, groups, shape.rows), strict=True):
         ids[group, place[group], : len(row)] = row
         place[group] += 1
-        held[group] += load
-    whole = shape.rows * shape.seq_len
-    budget = next(b for share in BUDGETS if (b := int(whole * share)) >= held.max())
-    return Layout(ids.reshape(room, shape.micro_rows, shape.segments), live, budget)
+    return Layout(ids.reshape(room, shape.micro_rows, shape.segments), live)
 
 
 def _cut(rows: Sequence[np.ndarray], segments: int) -> list[np.ndarray]:

@@ -159,24 +159,20 @@ def _shape(
     )
 
 
-def _forward(parts: Parts, loss: Any) -> Callable[[int], Forward]:
-    """Of a head's budget."""
+def _forward(parts: Parts, loss: Any, shape: Shape) -> Forward:
+    """How many tokens of a row were sampled is not known ahead: the head has room for all."""
     cfg = parts.cfg
-
-    def made(budget: int) -> Forward:
-        return Forward(
-            parts.model.graphdef,
-            loss,
-            parts.mesh,
-            budget=budget,
-            head_chunk=min(cfg.train.head_chunk, budget),
-            sources=1,
-            router=parts.router,
-            temperature=cfg.sampling.temperature,
-            ragged=True,
-        )
-
-    return made
+    return Forward(
+        parts.model.graphdef,
+        loss,
+        parts.mesh,
+        budget=shape.rows * shape.seq_len,
+        head_chunk=cfg.train.head_chunk,
+        sources=1,
+        router=parts.router,
+        temperature=cfg.sampling.temperature,
+        ragged=True,
+    )
 
 
 def refuse_another_vocabulary(cfg: Any, policy: Tokenizer) -> None:
@@ -207,7 +203,7 @@ def refuse_another_vocabulary(cfg: Any, policy: Tokenizer) -> None:
         )
 
 
-def _critic(parts: Parts) -> tuple[Critic, Any] | None:
+def _critic(parts: Parts, shape: Shape) -> tuple[Critic, Any] | None:
     """The critic's model and its parameters, all of which are trained."""
     cfg = parts.cfg
     if cfg.critic is None:
@@ -218,7 +214,7 @@ def _critic(parts: Parts) -> tuple[Critic, Any] | None:
         SimpleNamespace(model=named, chat=cfg.chat), parts.mesh, head="value", new_head=True
     )
     other = Parts(cfg.model_copy(update={"lora": None}), parts.mesh, opened, "samples")
-    return Critic(cfg.critic, _forward(other, cfg.critic.loss)), opened.params
+    return Critic(cfg.critic, _forward(other, cfg.critic.loss, shape)), opened.params
 
 
 def _train(
@@ -245,7 +241,7 @@ def _train(
     keep_frozen(cfg.run_dir, frozen)
     tx = optim.make_optimizer(cfg.optim, steps)
     state = new_state(trained, tx)
-    critic = _critic(parts)
+    critic = _critic(parts, shape)
     if critic is not None:
         state = dataclasses.replace(state, critic=new_state(critic[1], critic[0].optimizer(steps)))
     known = (model.params, starting() if starting.cache_info().currsize else None)
@@ -262,7 +258,7 @@ def _train(
         raise ConfigError(
             f"{cfg.run_dir} is at step {start}, past the {steps} steps this config asks for"
         )
-    forward = _forward(parts, objective(cfg.loss, cfg.kl, cfg.sampling.max_new_tokens))
+    forward = _forward(parts, objective(cfg.loss, cfg.kl, cfg.sampling.max_new_tokens), shape)
     room = shape.micro_batches(cfg.round.prompts * cfg.round.answers)
     judges = Judges(
         logps=Passes(forward, shape, mesh, room),
@@ -273,14 +269,14 @@ def _train(
     source = OnlineSource(
         cfg, mesh, stream, answering, judges, shape, right=cfg.right, start=start, saved=saved
     )
-    made = make_steps(cfg, forward, tx, steps, state, critic and critic[0])
+    step = make_steps(cfg, forward, tx, steps, state, critic and critic[0])
     writer = Writer(cfg.run_dir, cfg.log, primary=is_primary(), resumed_at=start)
     say_online(cfg, model, mesh, shape, stream, steps, start, began)
     evaluate = None if held_out is None else functools.partial(_measure, held_out, frozen)
     run = loop.Run(
         folder=cfg.run_dir,
         spec=model.spec,
-        train_step=lambda state, batch, _, frozen: made(source.budget)(state, batch, frozen),
+        train_step=lambda state, batch, _, frozen: step(state, batch, frozen),
         reference=None,
         synced=False,
         frozen=frozen,
