@@ -142,6 +142,7 @@ class Figure:
         """Cells of COLUMNS."""
         sign = "≥" if self.better == "more" else "≤"
         spread = f"{min(self.ratios):.2f} to {max(self.ratios):.2f}"
+        spread = spread if len(self.ratios) > 1 else "one round"
         goal = "" if self.goal is None else f"{sign} {self.goal:g}"
         return [
             self.name,

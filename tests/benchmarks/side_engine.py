@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def watched() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Name of a program of the engine -> what it was called with last, shapes for arrays."""
+    """Name of a program of the engine -> what it was called with first, shapes for arrays."""
     import jax
 
     from posttrain.sampling import decoder

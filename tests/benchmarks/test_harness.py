@@ -89,7 +89,7 @@ def test_results_are_written_and_the_document_filled_in(tmp_path, monkeypatch, c
     after = fill_in(before, {"sft": found})
     assert "old" not in after
     assert "kept" in after
-    assert "| rate | peer | 3 tok/s | 1 tok/s | 3.00 (3.00 to 3.00) | ≥ 2 reached |" in after
+    assert "| rate | peer | 3 tok/s | 1 tok/s | 3.00 (one round) | ≥ 2 reached |" in after
     assert after.startswith("a\n<!-- bench:sft -->\nOn ")
     assert fill_in(after, {"sft": found}) == after
 
