@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from launch import script
 from launch.base import Backend, Command, Launch, Steps
 from launch.config import LaunchConfig
+from launch.topology import words_of
 
 START = "start.sh"
 START_LIMIT = 256 * 1024  # bytes of one metadata value: cloud.google.com/compute/docs/metadata
@@ -128,7 +129,7 @@ def create(launch: Launch) -> Steps:
 def _create_words(cfg: LaunchConfig) -> tuple[str, ...]:
     one, section = cfg.slice, cfg.gcloud
     words = ["queued-resources", "create", cfg.name, f"--accelerator-type={one.cloud_name}"]
-    words.append(f"--runtime-version={section.runtime_version or one.generation.runtime}")
+    words.append(f"--runtime-version={section.runtime_version or words_of(one).runtime}")
     if cfg.slices == 1:
         words.append(f"--node-id={cfg.name}")
     else:

@@ -25,6 +25,7 @@ from typing import Any
 from launch.base import Backend, Command, Launch, Steps
 from launch.config import LaunchConfig
 from launch.manifest import to_yaml
+from launch.topology import words_of
 from posttrain.cli import PREEMPTED, USAGE_ERROR
 
 REPLICATED = "slice"
@@ -127,7 +128,7 @@ def _pod(launch: Launch) -> dict[str, Any]:
         "volumeMounts": mounts,
     }
     selector = {
-        "cloud.google.com/gke-tpu-accelerator": one.generation.gke_accelerator,
+        "cloud.google.com/gke-tpu-accelerator": words_of(one).gke_accelerator,
         "cloud.google.com/gke-tpu-topology": one.topology,
     }
     tolerations = [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}]

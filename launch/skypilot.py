@@ -16,6 +16,7 @@ from launch import script
 from launch.base import Backend, Command, Launch, Steps
 from launch.config import LaunchConfig
 from launch.manifest import to_yaml
+from launch.topology import words_of
 from posttrain.cli import PREEMPTED
 
 TASK = "task.yaml"
@@ -44,7 +45,7 @@ def task(launch: Launch) -> dict[str, Any]:
         "infra": place,
         "accelerators": f"tpu-{one.cloud_name}",
         "accelerator_args": {
-            "runtime_version": cfg.gcloud.runtime_version or one.generation.runtime
+            "runtime_version": cfg.gcloud.runtime_version or words_of(one).runtime
         },
         "use_spot": cfg.spot,
         "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [PREEMPTED]},

@@ -29,6 +29,7 @@ RANKS = {
     "train": 5,
     "report": 6,
     "doctor": 6,
+    "plan": 6,
     "jobs": 7,
     "cli": 8,
 }
@@ -140,6 +141,7 @@ def test_the_rule_about_imports_can_fail():
 def test_every_module_is_reached_from_a_command():
     """A file that nothing imports is dead, or a family or job that nobody registered."""
     seen, todo = set(), ["posttrain.cli", *(module for module, _ in cli.JOBS.values())]
+    todo += [name for path in LAUNCH.values() for name in imports_of(path)]
     while todo:
         module = todo.pop()
         if module in seen or module not in SOURCES:
@@ -151,7 +153,8 @@ def test_every_module_is_reached_from_a_command():
 
 
 def test_the_launcher_is_reached_and_stands_on_root_modules():
-    """`python -m launch` loads each of its files, and of posttrain no folder before it must."""
+    """`python -m launch` loads each of its files, and of posttrain no folder before it must, but
+    for the table of chips."""
     seen, todo = set(), ["launch.__main__"]
     while todo:
         module = todo.pop()
@@ -160,7 +163,12 @@ def test_the_launcher_is_reached_and_stands_on_root_modules():
             todo += [*imports_of(LAUNCH[module]), module.rpartition(".")[0]]
     assert not sorted(set(LAUNCH) - seen)
     tops = {name for path in LAUNCH.values() for name in imports_of(path, tree_of(path).body)}
-    assert not {name for name in tops if name in SOURCES and house_of(name) not in ("", "cli")}
+    folders = {name for name in tops if name in SOURCES and house_of(name) not in ("", "cli")}
+    assert folders <= {"posttrain.plan", "posttrain.plan.topology"}
+    table = imports_of(SOURCES["posttrain.plan.topology"]) + imports_of(
+        SOURCES["posttrain.plan.chips"]
+    )
+    assert {house_of(name) for name in table if name in SOURCES} <= {"", "plan"}, "it is light"
     assert "posttrain.sharding" not in tops, "it loads jax"
 
 

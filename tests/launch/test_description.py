@@ -15,6 +15,8 @@ BROKEN = {
     "pod name too long": ("gke", {"name": "a" * 48}, r"64 characters of 63.*take 1 off"),
     "slice name too long": ("gcloud", {"name": "a" * 54}, "54 characters"),
     "no such TPU": ("gke", {"topology": "v6x:4x4"}, "unknown TPU 'v6x'; did you mean 'v6e'"),
+    "not ours": ("gke", {"topology": "v4-8"}, "v4 slices are not launched from here"),
+    "slices twice": ("gke", {"topology": "2xv6e:4x4"}, "how many is `slices`"),
     "no such shape": ("gke", {"topology": "v6e:3x5"}, "v6e has no slice of 3x5; it has 1x1, 2x2"),
     "flat v5p": ("gke", {"topology": "v5p:8x8"}, "torus of three dimensions"),
     "no cube": ("gke", {"topology": "v5p:4x4x6"}, "each side is a multiple of 4"),
