@@ -83,13 +83,19 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     cut = _cut(q, k, mesh)
     parts = mesh.shape["context"] if cut and cut[1] else 1
-    name = resolve(q, implementation, jax.default_backend(), softcap=softcap, context=parts)
+    name = resolve(q, implementation, _platform(mesh), softcap=softcap, context=parts)
     if name == "splash":
         return _splash(q, k, v, segment_ids, rules, cut, interpret=interpret)
     local = {"reference": _reference, "cudnn": _cudnn, "chunked": _chunked}[name]
     if parts == 1:  # the compiler cuts rows and heads by itself
         return local(q, k, v, segment_ids, segment_ids, 0, rules)
     return _mapped(functools.partial(local, rules=rules), mesh, cut)(q, k, v, segment_ids)
+
+
+def _platform(mesh: Any) -> str:
+    """Of the devices that a program is for: the mesh's, which need not be here (posttrain/plan)."""
+    device = None if mesh.empty else mesh.abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def _cut(q: jax.Array, k: jax.Array, mesh: Any) -> PartitionSpec | None:

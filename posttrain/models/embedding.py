@@ -52,7 +52,8 @@ def look_up(
         tensor, fsdp, context = (axis if axis and mesh.shape[axis] > 1 else None for axis in cut)
         fsdp = None if gathered else fsdp
         plan = _Plan(mesh, jnp.dtype(dtype), context, fsdp, tensor)
-    found: Any = _look_up(table_VD, tokens_BT, plan)
+    with jax.named_scope("embedding"):
+        found: Any = _look_up(table_VD, tokens_BT, plan)
     return found
 
 

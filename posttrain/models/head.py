@@ -283,7 +283,8 @@ def token_outputs(
     # inside, no shard needs its neighbour's activations.
     trained = trained_targets(segment_ids_BT, loss_weights_BT)
     next_BT, trained = _before(tokens_BT), _before(trained)
-    out: Any = _outputs(hidden_BTD, W_DV, next_BT, trained, plan)
+    with jax.named_scope("head"):
+        out: Any = _outputs(hidden_BTD, W_DV, next_BT, trained, plan)
     return TokenOutputs(**{name: jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for name, x in out.items()})
 
 

@@ -89,10 +89,11 @@ def linear(module: Any, name: str, x: jax.Array, dims: int = 1) -> jax.Array:
     where there are any.
 
     The ONE place where a layer's weight meets its input; `dims` as in project. The module's
-    `compute` says in which dtype.
+    `compute` says in which dtype. A compiled program's operations bear the weight's name.
     """
     dtype = module.compute.dtype
-    out = project(x, weight(getattr(module, name), dtype), dims)
+    with jax.named_scope(name):
+        out = project(x, weight(getattr(module, name), dtype), dims)
     a = getattr(module, f"{name}_lora_a", None)
     if a is not None:
         b = getattr(module, f"{name}_lora_b")
