@@ -26,11 +26,14 @@ from pydantic import BeforeValidator
 
 from posttrain import config
 from posttrain.config import Config, ConfigError, runtime, semantic
+from posttrain.saving import Saver, first_line
 
 EXTENDABLE = ("train.steps", "train.epochs")
 """Semantic keys that a later start of the run may raise: a finished run can be extended."""
 _SOURCE = "source of batches"
 """Where it stands, among a checkpoint's metadata: no key of a config has spaces."""
+_NOTES = "notes of the loop"
+"""Likewise, what the loop goes on from."""
 
 
 def _mounted(value: Any) -> Any:
@@ -51,6 +54,9 @@ class CheckpointConfig(Config):
     keep_every: int | None = runtime(None, gt=0, help="checkpoints at multiples of this stay too")
     resume: Literal["auto", "must", "never"] = runtime(
         "auto", help="auto: continue if run_dir has a checkpoint; must: or fail; never: or refuse"
+    )
+    retries: int = runtime(
+        3, ge=0, help="how often a failed save is tried again, after 2, 4, 8 .. s, before the end"
     )
     init_from: str | None = semantic(
         None, help="run folder (or <folder>@<step>) whose weights this new run starts from"
@@ -196,12 +202,21 @@ class Checkpoints:
         if cfg.keep_every:
             policies.append(keep.EveryNSteps(cfg.keep_every))
         self._every, self._record = cfg.every, record
-        self._orbax = ocp.training.Checkpointer(
-            str((run_dir / "checkpoints").absolute()),
-            save_decision_policy=always,
-            preservation_policy=keep.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,
-        )
+        folder = run_dir / "checkpoints"
+
+        def open_() -> Any:
+            return ocp.training.Checkpointer(
+                str(folder.absolute()),
+                save_decision_policy=always,
+                preservation_policy=keep.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            )
+
+        self._saver = Saver(folder, open_, cfg.retries)
+
+    @property
+    def _orbax(self) -> Any:
+        return self._saver.orbax
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -212,19 +227,35 @@ class Checkpoints:
         """Whether `checkpoint.every` asks for one after this many updates."""
         return step % self._every == 0
 
-    def save(self, step: int, state: Any, source: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        source: Mapping[str, Any] = MappingProxyType({}),
+        notes: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        wait: bool = False,
+    ) -> None:
         """Copies the arrays, writes in the background: the caller may donate them at once.
 
-        source: what the source of batches goes on from, where the step does not say it (JSON).
+        source, notes: what the source of batches and the loop go on from, where the step does not
+        say it (JSON). wait: until it is written. A save that fails is tried again, then OSError
+        (posttrain/saving.py); all processes decide the same.
         """
-        if self.latest() != step:
-            record = {**(self._record or {}), **({_SOURCE: dict(source)} if source else {})}
-            self._orbax.save_async(step, state, force=True, custom_metadata=record or None)
+        parts = {_SOURCE: dict(source), _NOTES: dict(notes)}
+        record = {**(self._record or {}), **{k: v for k, v in parts.items() if v}}
+        self._saver.save(step, state, record or None, wait=wait)
 
     def source(self, step: int) -> dict[str, Any]:
         """What was saved with the state of a step for the source of batches."""
-        record: Any = self._orbax.metadata(step).custom_metadata or {}
-        return record.get(_SOURCE, {})
+        return self._saved_with(step).get(_SOURCE, {})
+
+    def notes(self, step: int) -> dict[str, Any]:
+        """Likewise for the loop."""
+        return self._saved_with(step).get(_NOTES, {})
+
+    def _saved_with(self, step: int) -> dict[str, Any]:
+        return self._orbax.metadata(step).custom_metadata or {}
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Any:
         """The state of a step (the latest), laid out as abstract_state says, on any mesh."""
@@ -234,13 +265,13 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore each have their own for a missing file
             raise ValueError(
                 f"{self._orbax.directory}/{step}: the checkpoint cannot be read "
-                f"({_first_line(error)}). If it is damaged, delete its folder: the run goes on "
+                f"({first_line(error)}). If it is damaged, delete its folder: the run goes on "
                 "from the one before"
             ) from error
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._orbax.close()
+        """Waits for what is being written. A save that failed is told, and is no error."""
+        self._saver.close()
 
 
 def find_checkpoint(source: str) -> Path:
@@ -284,7 +315,7 @@ def restore_params(source: str, abstract_params: Any) -> Any:
             found = ocp.load(str(path), {"params": abstract_params}, checkpointable_name="state")
         except Exception as error:  # orbax and tensorstore each have their own for a missing file
             raise ValueError(
-                f"{path}: the parameters cannot be taken ({_first_line(error)}). model.path and "
+                f"{path}: the parameters cannot be taken ({first_line(error)}). model.path and "
                 "model.new_tokens must name the model that the run trained"
             ) from error
     return found["params"]
@@ -301,8 +332,3 @@ def _refuse_other_shapes(saved: Any, wanted: Any) -> None:
 def _shapes(tree: Any, separator: str) -> dict[str, tuple[int, ...]]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(at, simple=True, separator=separator): x.shape for at, x in paths}
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or "?"
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"

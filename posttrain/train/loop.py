@@ -142,11 +142,11 @@ def train(run: Run, state: Any) -> tuple[Any, bool]:
     trace = _Trace(run)
     run.source.watch(preemption.reached)
 
-    def save(step: int) -> None:
+    def save(step: int, *, wait: bool = False) -> None:
         while pending:  # a state is saved only after its loss was seen to be finite
             reporter.report(pending.popleft())
         with reporter.paused():
-            run.checkpoints.save(step, state, run.source.save(step))
+            run.checkpoints.save(step, state, run.source.save(step), wait=wait)
 
     try:
         for step in range(start + 1, run.total_steps + 1):
@@ -157,7 +157,7 @@ def train(run: Run, state: Any) -> tuple[Any, bool]:
             except Stopped:
                 stopped = True
                 if step > 1:
-                    save(step - 1)
+                    save(step - 1, wait=True)
                 progress.say(f"told to stop while sampling: step {step - 1} stands")
                 break
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -173,7 +173,7 @@ def train(run: Run, state: Any) -> tuple[Any, bool]:
                 last or (run.eval_every is not None and step % run.eval_every == 0)
             )
             if run.checkpoints.due(step) or last or stopped:
-                save(step)
+                save(step, wait=last or stopped)
             if evaluates and run.evaluate is not None and not stopped:
                 while pending:
                     reporter.report(pending.popleft())
@@ -182,7 +182,7 @@ def train(run: Run, state: Any) -> tuple[Any, bool]:
                         found = run.evaluate(state, step)
                 except Stopped:
                     stopped = True
-                    save(step)
+                    save(step, wait=True)
                 else:
                     run.writer.write(step, found)
                     progress.say(evaluation_line(step, found))

@@ -60,11 +60,11 @@ def test_a_run_told_to_stop_while_it_samples_saves_what_it_has_and_leaves(
     kept: list[tuple[Any, ...]] = []
     run: Any = SimpleNamespace(
         folder=tmp_path, log=LogConfig(), total_steps=9, tokens_before=0, source=Sampling(),
-        checkpoints=SimpleNamespace(save=lambda *given: kept.append(given)),
+        checkpoints=SimpleNamespace(save=lambda *given, wait: kept.append((*given, wait))),
     )  # fmt: skip
     state = SimpleNamespace(step=start)
     assert loop.train(run, state) == (state, True)
-    assert kept == [(step, state, {"position": 7}) for step in saved]
+    assert kept == [(step, state, {"position": 7}, True) for step in saved]
 
 
 @pytest.mark.parametrize(
