@@ -2,7 +2,7 @@
 
 The job's own Config class checks it here, so that a slip ends in this terminal and not, hours
 later, on the pod. Relative run_dir and cache_dir are laid below the bucket; several hosts are told
-to find each other.
+how many they are.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ def read(cfg: LaunchConfig) -> Job:
     if hosts > 1:
         if "distributed" not in module.Config.model_fields:
             raise ConfigError(f"run: `posttrain {name}` is one process: take a slice of one host")
-        if not config.distributed.coordinator:
-            added.append("distributed.coordinator=auto")
-            notes.append("distributed.coordinator: auto, so that the hosts find each other")
+        if config.distributed.coordinator in ("", "auto"):
+            added += ["distributed.coordinator=auto", f"distributed.processes={hosts}"]
+            notes.append(f"distributed.processes: {hosts}, so that no host begins without others")
     problems, odd = _not_there(config, cfg)
     problems += _mesh_problems(config, cfg.slice.chips, cfg.slices)
     try:

@@ -59,34 +59,6 @@ class MeshConfig(Config):
     tensor: int = runtime(1, help="devices that split each matmul (heads, ffn, vocabulary)")
 
 
-class DistributedConfig(Config):
-    """How the processes of one run find each other."""
-
-    coordinator: str = runtime(
-        "", help='"" = one process; "auto" = found from the cluster (TPU pod, SLURM); host:port'
-    )
-    processes: int | None = runtime(None, help="number of processes, with coordinator host:port")
-    process_id: int | None = runtime(None, help="this process's number, with host:port")
-
-
-def init_distributed(cfg: DistributedConfig) -> None:
-    """Joins the run's processes; call it before any device is used.
-
-    Raises ConfigError if host:port comes without processes and process_id.
-    """
-    if not cfg.coordinator or jax.distributed.is_initialized():
-        return
-    if cfg.coordinator == "auto":
-        jax.distributed.initialize()
-        return
-    if cfg.processes is None or cfg.process_id is None:
-        raise ConfigError(
-            f"distributed.coordinator is {cfg.coordinator!r}: set distributed.processes and "
-            "distributed.process_id too"
-        )
-    jax.distributed.initialize(cfg.coordinator, cfg.processes, cfg.process_id)
-
-
 def mesh_shape(cfg: MeshConfig, n_devices: int) -> tuple[int, ...]:
     """The sizes of MESH_AXES over n_devices devices, -1 resolved.
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from posttrain.agree import Channel
 from posttrain.sharding import MeshConfig
 
 
@@ -81,45 +82,6 @@ class Subject:
 
 
 Check = Callable[[Subject], Findings]
-
-
-class Channel:
-    """Words between the processes of a run that need no device: the coordinator passes them on."""
-
-    def __init__(self, seconds: float):
-        """`seconds`: how long one process waits for another's word."""
-        self._seconds = seconds
-        from jax._src import distributed  # jax has no public name for its key-value store
-
-        self._client: Any = distributed.global_state.client
-
-    @property
-    def processes(self) -> int:
-        return 1 if self._client is None else jax.process_count()
-
-    @property
-    def process(self) -> int:
-        return 0 if self._client is None else jax.process_index()
-
-    def tell(self, name: str, word: str) -> None:
-        """This process's word of that name; a name can be used once."""
-        if self._client is not None:
-            self._client.key_value_set(f"posttrain/doctor/{name}/{self.process}", word)
-
-    def hear(self, name: str, process: int, seconds: float | None = None) -> str | None:
-        """Another process's word of that name; None if it does not come in time."""
-        wait = int((seconds or self._seconds) * 1000)
-        try:
-            key = f"posttrain/doctor/{name}/{process}"
-            return self._client.blocking_key_value_get(key, wait)
-        except Exception:  # its type is private to jaxlib: late, or the coordinator is gone
-            return None
-
-    def everybody(self, name: str, word: str) -> list[str | None]:
-        """Tells, and hears all: the words by process, this one's included."""
-        self.tell(name, word)
-        others = range(self.processes)
-        return [word if i == self.process else self.hear(name, i) for i in others]
 
 
 _GRACE = 10.0  # seconds in which an interrupted check may clean up

@@ -25,8 +25,9 @@ from posttrain.checkpoint import RunDir
 from posttrain.config import Config as Section
 from posttrain.config import ConfigError, did_you_mean, runtime, semantic
 from posttrain.data.config import DataConfig, Sources
+from posttrain.hosts import DistributedConfig, init_distributed
 from posttrain.metrics import LogConfig
-from posttrain.sharding import DistributedConfig, MeshConfig, init_distributed
+from posttrain.sharding import MeshConfig
 
 ACCEPTS = {"sft": {}, "preference": {}, "reward_model": {}, "rl": {}}
 # pydantic's own `json` is a name it has given up: here it is a key of the config
@@ -61,8 +62,9 @@ class Config(Section):
 
 def run(cfg: Config) -> int:
     """Exit code: 0, or 1 where a problem was found."""
+    from posttrain.agree import Channel
     from posttrain.doctor import CHECKS
-    from posttrain.doctor.base import Channel, Result, Subject, examine
+    from posttrain.doctor.base import Result, Subject, examine
 
     _refuse_wrong_keys(cfg, list(CHECKS))
     began = time.monotonic()

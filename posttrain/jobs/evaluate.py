@@ -28,11 +28,13 @@ class Config(Answering):
 
 def run(cfg: Config) -> int:
     """The exit code: 0. ValueError on what the user can mend."""
+    from posttrain.agree import agree_on_run
     from posttrain.checkpoint import is_primary
+    from posttrain.hosts import init_distributed
     from posttrain.sampling.tally import counts, told
-    from posttrain.sharding import init_distributed
 
     init_distributed(cfg.distributed)
+    agree_on_run(cfg, cfg.distributed.join_seconds)
     prompts = prompts_of(cfg)
     lines = []
 

@@ -39,13 +39,14 @@ from posttrain.config import (
     semantic,
     variant,
 )
+from posttrain.hosts import DistributedConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.rewards.total import RewardParts, Shaping, check
 from posttrain.sampling.journal import Journal
 from posttrain.sampling.remote import RemoteConfig, RemoteEngine
 from posttrain.sampling.request import RolloutEngine, Sampling
 from posttrain.sampling.select import SELECTIONS, Selection, SFTSelection
-from posttrain.sharding import DistributedConfig, MeshConfig
+from posttrain.sharding import MeshConfig
 from posttrain.tasks import TASKS
 from posttrain.tasks.base import Split, Task
 from posttrain.tools import Tool, ToolsConfig, open_tools
@@ -147,11 +148,13 @@ class Answerer:
 
 def run(cfg: Config) -> int:
     """The exit code: 0. ValueError on what the user can mend."""
+    from posttrain.agree import agree_on_run
+    from posttrain.hosts import init_distributed
     from posttrain.sampling.tally import kept, told
-    from posttrain.sharding import init_distributed
     from posttrain.train.answers import on_first, shared
 
     init_distributed(cfg.distributed)
+    agree_on_run(cfg, cfg.distributed.join_seconds)
     prompts = prompts_of(cfg)
     header = {key: value for key, (_, value) in diff({}, cfg).items() if key}
     with ExitStack() as stack:

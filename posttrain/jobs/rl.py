@@ -28,6 +28,7 @@ from posttrain.chat.template import ChatConfig
 from posttrain.checkpoint import CheckpointConfig, RunDir
 from posttrain.config import Config as Section
 from posttrain.config import did_you_mean, runtime, semantic, variant
+from posttrain.hosts import DistributedConfig
 from posttrain.losses import POLICY_LOSSES
 from posttrain.losses.clip import Clip
 from posttrain.losses.kl import KL
@@ -37,7 +38,7 @@ from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.rewards.total import RewardParts, Shaping, check
 from posttrain.sampling.request import Sampling
-from posttrain.sharding import DistributedConfig, MeshConfig
+from posttrain.sharding import MeshConfig
 from posttrain.tasks import TASKS
 from posttrain.tasks.base import Task
 from posttrain.tools import ToolsConfig

@@ -18,13 +18,14 @@ from posttrain.config import Config as Section
 from posttrain.config import runtime, semantic, variant
 from posttrain.data.config import DataConfig
 from posttrain.data.plan import BatchConfig
+from posttrain.hosts import DistributedConfig
 from posttrain.losses import LOSSES
 from posttrain.losses.nll import NLL
 from posttrain.metrics import LogConfig
 from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.optim import OptimConfig
-from posttrain.sharding import DistributedConfig, MeshConfig
+from posttrain.sharding import MeshConfig
 from posttrain.train.config import EvalConfig, TrainConfig
 
 

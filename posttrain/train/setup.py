@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from posttrain import checkpoint, optim, sharding
+from posttrain import checkpoint, hosts, optim, sharding
+from posttrain.agree import agree, agree_on_run
 from posttrain.checkpoint import Checkpoints, is_primary
 from posttrain.config import ConfigError, plain_dict
 from posttrain.data.cache import Cache
@@ -70,9 +71,11 @@ def _run(
     head: HeadName,
 ) -> int:
     began = time.monotonic()
-    sharding.init_distributed(cfg.distributed)
+    hosts.init_distributed(cfg.distributed)
+    agree_on_run(cfg, cfg.distributed.join_seconds)
     use_compile_cache()
     mesh = sharding.make_mesh(cfg.mesh, devices)
+    hosts.refuse_strangers()
     with jax.set_mesh(mesh), checkpoint.held(cfg.run_dir):
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         if cfg.checkpoint.init_from and not resuming:  # asked before anything slow is done
@@ -86,6 +89,7 @@ def _run(
         if head == "score" and cfg.export:  # what the export would refuse, before training
             parts.model.tokenizer.padding_apart(parts.model.chat.stop_ids)
         cache = parts.prepare(cfg.data, "data.sources")
+        agree({"data": cache.content}, cfg.distributed.join_seconds)
         checkpoint.same_data(cfg.run_dir, cache.content, resuming)
         steps, epochs = cfg.train.steps, cfg.train.epochs or 1
         length = {"steps": steps} if steps else {"epochs": epochs}

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from posttrain import checkpoint, optim, sharding
+from posttrain import checkpoint, hosts, optim, sharding
+from posttrain.agree import agree_on_run
 from posttrain.chat.tokenizer import Tokenizer
 from posttrain.checkpoint import Checkpoints, is_primary
 from posttrain.config import ConfigError, plain_dict
@@ -73,9 +74,11 @@ def run(cfg: Any, devices: Sequence[Any] | None = None, engine: EngineMaker | No
 
 def _run(cfg: Any, devices: Sequence[Any] | None, make_engine: EngineMaker) -> int:
     began = time.monotonic()
-    sharding.init_distributed(cfg.distributed)
+    hosts.init_distributed(cfg.distributed)
+    agree_on_run(cfg, cfg.distributed.join_seconds)
     use_compile_cache()
     mesh = sharding.make_mesh(cfg.mesh, devices)
+    hosts.refuse_strangers()
     with jax.set_mesh(mesh), checkpoint.held(cfg.run_dir):
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         if cfg.checkpoint.init_from and not resuming:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.doctor.base import Channel, Subject
+from posttrain.agree import Channel
+from posttrain.doctor.base import Subject
 from posttrain.sharding import MeshConfig
 
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from posttrain.agree import Channel
 from posttrain.doctor import storage
-from posttrain.doctor.base import Channel, Level, Subject
+from posttrain.doctor.base import Level, Subject
 from tests.doctor.found import bad, found
 
 

@@ -184,7 +184,7 @@ def test_code_and_config_travel_and_a_restart_reads_the_same(made, checkout):
     data = config_map["data"]
     assert "run_dir: /bucket/post/runs/qwen3_gsm8k\n" in data["job.yaml"]
     assert "cache_dir: /bucket/post/cache\n" in data["job.yaml"]
-    assert "coordinator: auto\n" in data["job.yaml"]
+    assert "coordinator: auto\n  processes: 4\n" in data["job.yaml"]
     assert base64.b64decode(config_map["binaryData"]["code.tar.gz"])[:2] == b"\x1f\x8b"
     changed = made(set=["optim.lr=1e-4"])[1]
     assert changed["metadata"]["name"] != config_map["metadata"]["name"]

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from posttrain.chat.templates import TEMPLATES
+from posttrain.hosts import DistributedConfig, init_distributed
 from posttrain.sampling.conversation import make_rollouts
-from posttrain.sharding import DistributedConfig, init_distributed
 from posttrain.tools import tool_of
 from posttrain.train.answers import shared
 from tests.sampling.scripted import SAMPLING, prompt, says, template
