@@ -104,8 +104,8 @@ class Work:
     compute_bytes: int = 2
     optimizer: str = "adamw"
     moment_bytes: int = 4
-    reference: bool = False
-    """A live reference: a second copy of the weights, and a forward pass of it."""
+    reference_bytes: int = 0
+    """Of a number of a live reference, which has a forward pass of its own; 0: there is none."""
 
     def tokens(self, sizes: Sizes) -> float:
         """Positions of a device in one micro-batch."""
@@ -193,7 +193,7 @@ def memory(work: Work, sizes: Sizes) -> Memory:
     made, activations, working = phases[phase]
     summed = elements * 4 if work.accumulate > 1 else 0  # over micro-batches, float32
     return Memory(
-        parameters=elements * work.param_bytes * (2 if work.reference else 1),
+        parameters=elements * (work.param_bytes + work.reference_bytes),
         optimizer=sum(_moments(work, weight, sizes) for weight in weights),
         gradients=made * work.param_bytes + summed,
         activations=activations,

@@ -106,7 +106,7 @@ def model_flops(work: Work) -> float:
     positions = work.rows * work.length
     trained = round(positions * work.trained)
     size = StepSize(work.rows, trained, positions, np.full(work.rows, work.length, np.int64))
-    return train_flops(work.spec, size, live_reference=work.reference)
+    return train_flops(work.spec, size, live_reference=work.reference_bytes > 0)
 
 
 def seen(work: Work, kind: LayerKind, parts: int) -> float:
@@ -138,7 +138,7 @@ def flops(work: Work, sizes: Sizes) -> float:
     matmuls forward and 7 backward (scores are made anew in each of its two kernels); the head 2,
     4 and 2, since its logits are never kept."""
     spec, tokens = work.spec, work.tokens(sizes)
-    reference = 1 if work.reference else 0
+    reference = 1 if work.reference_bytes else 0
     total = sum(
         2
         * tokens
@@ -165,7 +165,7 @@ def hbm_bytes(work: Work, sizes: Sizes) -> float:
     gradient of it; the optimiser reads and writes its state.
     """
     c, tokens, total = work.compute_bytes, work.tokens(sizes), 0.0
-    reference = 1 if work.reference else 0
+    reference = 1 if work.reference_bytes else 0
     for weight in work.weights:
         if weight.matrix:
             size = used(work, weight, sizes)
@@ -195,7 +195,7 @@ def _sides(work: Work, weight: Weight, sizes: Sizes) -> tuple[float, float]:
 def _collectives(work: Work, sizes: Sizes, network: Network) -> tuple[Collective, ...]:
     """What crosses the network: see the comment at each."""
     c, tokens, spec = work.compute_bytes, work.tokens(sizes), work.spec
-    passes = 2 + (1 if work.reference else 0)
+    passes = 2 + (1 if work.reference_bytes else 0)
     found: list[Collective] = []
 
     def add(what: str, kind: Kind, axis: str, size: float, times: float = 1) -> None:

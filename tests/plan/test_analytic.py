@@ -50,7 +50,7 @@ def test_what_axes_divide():
     assert copies.parameters == 4 * ((8030261248 - norms) / 4 + norms)
     bfloat16 = work(param_bytes=2, moment_bytes=2)
     assert memory(bfloat16, ONE).optimizer == (2 + 4) * 8030261248
-    assert memory(work(reference=True), ONE).parameters == 2 * whole.parameters
+    assert memory(work(reference_bytes=4), ONE).parameters == 2 * whole.parameters
 
 
 def test_what_remat_keeps():

@@ -32,7 +32,7 @@ def test_flops_by_hand():
     assert flops(work(remat="none"), FSDP) == pytest.approx(
         dots - attention(8192 / 2 + 256, 2), rel=1e-9
     )
-    assert flops(work(reference=True), FSDP) / flops(work(), FSDP) == pytest.approx(1.25, abs=0.02)
+    assert flops(work(reference_bytes=4), FSDP) / flops(work(), FSDP) == pytest.approx(1.25, abs=0.02)
 
 
 @pytest.mark.parametrize(
