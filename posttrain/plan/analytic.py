@@ -85,7 +85,7 @@ def weights_of(spec: Spec) -> tuple[Weight, ...]:
 
 
 @dataclass(frozen=True)
-class Work:
+class Step:
     """One optimiser step, and how it is computed."""
 
     spec: Spec
@@ -157,7 +157,7 @@ class Memory:
         return sum(parts)
 
 
-def memory(work: Work, sizes: Sizes) -> Memory:
+def memory(step: Step, sizes: Sizes) -> Memory:
     """parameters + optimiser's state + the fullest of three times:
 
     head       the vocabulary head's backward pass: its kernel gathered, a float32 gradient of it,
@@ -166,12 +166,12 @@ def memory(work: Work, sizes: Sizes) -> Memory:
                of two layers are gathered (the next one's while this one's are used)
     embedding  the table's gradient, float32, beside all others
     """
-    spec, weights, c = work.spec, work.weights, work.compute_bytes
-    tokens, head = work.tokens(sizes), head_kernel(work, sizes)
+    spec, weights, c = step.spec, step.weights, step.compute_bytes
+    tokens, head = step.tokens(sizes), head_kernel(step, sizes)
     elements = sum(weight.held(sizes) for weight in weights)
     in_layers = sum(weight.held(sizes) for weight in weights if weight.axes[0] == "layers")
-    saved = spec.layers * tokens * kept(work, sizes)
-    positions = min(tokens * work.trained, work.head_chunk)
+    saved = spec.layers * tokens * kept(step, sizes)
+    positions = min(tokens * step.trained, step.head_chunk)
     logits = positions * head / spec.embed * (4 + 4 + c)  # float32, their gradient, its cast
     layer = max(
         sum(w.gathered(sizes) for w in weights if w.matrix and f"layers.{stack}." in w.name)
@@ -181,21 +181,21 @@ def memory(work: Work, sizes: Sizes) -> Memory:
     widest = tokens * spec.embed * c
     phases = {
         "head": (0.0, saved, head * (c + 4) + logits + 2 * widest),
-        "layers": (in_layers, saved, layer * 3 * c + tokens * computed(work, sizes)),
+        "layers": (in_layers, saved, layer * 3 * c + tokens * computed(step, sizes)),
         "embedding": (elements, 0.0, table * 4 + widest),
     }
 
     def size(phase: str) -> float:
         made, activations, working = phases[phase]
-        return made * work.param_bytes + activations + working
+        return made * step.param_bytes + activations + working
 
     phase = max(phases, key=size)
     made, activations, working = phases[phase]
-    summed = elements * 4 if work.accumulate > 1 else 0  # over micro-batches, float32
+    summed = elements * 4 if step.accumulate > 1 else 0  # over micro-batches, float32
     return Memory(
-        parameters=elements * (work.param_bytes + work.reference_bytes),
-        optimizer=sum(_moments(work, weight, sizes) for weight in weights),
-        gradients=made * work.param_bytes + summed,
+        parameters=elements * (step.param_bytes + step.reference_bytes),
+        optimizer=sum(_moments(step, weight, sizes) for weight in weights),
+        gradients=made * step.param_bytes + summed,
         activations=activations,
         working=working,
         phase=phase,
@@ -210,46 +210,46 @@ def widths(spec: Spec, sizes: Sizes) -> tuple[float, float, float]:
     return q, kv, (spec.experts_chosen * spec.expert_mlp if experts else spec.mlp) / t
 
 
-def kept(work: Work, sizes: Sizes) -> float:
+def kept(step: Step, sizes: Sizes) -> float:
     """Bytes that remat keeps of a token in each layer (models/transformer.py, REMAT).
 
     full: the layer's input. attention: also its result and, float32, the softmax's sum of a head.
     dots: also q, k, v, o, gate and up, the matmuls whose results the backward pass reads. none:
     both. offload: nothing, the inputs lie in the host's memory.
     """
-    spec, c = work.spec, work.compute_bytes
+    spec, c = step.spec, step.compute_bytes
     q, kv, f = widths(spec, sizes)
-    total = 0.0 if work.remat == "offload" else c * spec.embed
-    if work.remat in ("none", "attention"):
+    total = 0.0 if step.remat == "offload" else c * spec.embed
+    if step.remat in ("none", "attention"):
         total += c * q + 4 * q / spec.head_dim
-    if work.remat in ("none", "dots", "dots_batch"):
+    if step.remat in ("none", "dots", "dots_batch"):
         total += c * (q + kv + spec.embed * (1 + spec.post_norm) + 2 * f)
     return total
 
 
-def computed(work: Work, sizes: Sizes) -> float:
+def computed(step: Step, sizes: Sizes) -> float:
     """Bytes of a token while its layer's backward pass is under way: four times the width
     (inputs and their gradients), q, k, v and their gradients, and four of the mlp's."""
-    q, kv, f = widths(work.spec, sizes)
-    return work.compute_bytes * (4 * work.spec.embed + 3 * q + 2 * kv + 4 * f)
+    q, kv, f = widths(step.spec, sizes)
+    return step.compute_bytes * (4 * step.spec.embed + 3 * q + 2 * kv + 4 * f)
 
 
-def head_kernel(work: Work, sizes: Sizes) -> float:
+def head_kernel(step: Step, sizes: Sizes) -> float:
     """Numbers of the vocabulary head's kernel on a device, gathered; 0 where there is none."""
-    spec = work.spec
+    spec = step.spec
     return spec.vocab_rows * spec.embed / sizes["tensor"] if spec.head == "lm" else 0.0
 
 
-def _moments(work: Work, weight: Weight, sizes: Sizes) -> float:
+def _moments(step: Step, weight: Weight, sizes: Sizes) -> float:
     """Bytes of the optimiser's state for a weight (posttrain/optim.py).
 
     adamw: a first moment in moment_dtype and a second in float32. muon: for a layer's matrices the
     first alone. adafactor: means of rows and columns, float32, whole on every device.
     """
     held = weight.held(sizes)
-    if work.optimizer == "adafactor":
+    if step.optimizer == "adafactor":
         dims = sorted(weight.shape)[-2:]
         factored = len(dims) == 2 and min(dims) >= 128
         return 4 * math.prod(weight.shape) * sum(1 / d for d in dims) if factored else 4 * held
-    second = 0 if work.optimizer == "muon" and weight.matrix else 4
-    return held * (work.moment_bytes + second)
+    second = 0 if step.optimizer == "muon" and weight.matrix else 4
+    return held * (step.moment_bytes + second)

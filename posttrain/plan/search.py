@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from posttrain.models.spec import RematName
-from posttrain.plan.analytic import Memory, Sizes, Work, memory
+from posttrain.plan.analytic import Memory, Sizes, Step, memory
 from posttrain.plan.chips import GIB
 from posttrain.plan.floors import Floors, floors
 from posttrain.plan.network import AXES
@@ -36,13 +36,13 @@ class Layout:
 
     one: Slice
     sizes: Sizes
-    work: Work
+    step: Step
     memory: Memory
 
     @functools.cached_property
     def floors(self) -> Floors:
         """Of the step's time."""
-        return floors(self.work, self.sizes, self.one)
+        return floors(self.step, self.sizes, self.one)
 
     @property
     def seconds(self) -> float:
@@ -58,18 +58,18 @@ class Layout:
     @property
     def said(self) -> str:
         """On one line."""
-        work = self.work
+        step = self.step
         return (
-            f"{self.mesh}, remat {work.remat}, {work.accumulate} micro-batch(es), head_chunk "
-            f"{work.head_chunk}"
+            f"{self.mesh}, remat {step.remat}, {step.accumulate} micro-batch(es), head_chunk "
+            f"{step.head_chunk}"
         )
 
     @property
     def overrides(self) -> list[str]:
         """As key.path=value of the command line."""
         keys = {f"mesh.{axis}": self.sizes[axis] for axis in AXES}
-        keys |= {"model.remat": self.work.remat, "batch.accumulate": self.work.accumulate}
-        keys |= {"train.head_chunk": self.work.head_chunk} if self.work.spec.head == "lm" else {}
+        keys |= {"model.remat": self.step.remat, "batch.accumulate": self.step.accumulate}
+        keys |= {"train.head_chunk": self.step.head_chunk} if self.step.spec.head == "lm" else {}
         return [f"{key}={value}" for key, value in keys.items()]
 
 
@@ -97,19 +97,19 @@ def meshes(one: Slice, experts: int) -> Iterator[dict[str, int]]:
             yield {"data": one.devices // used, **inner}
 
 
-def explore(work: Work, one: Slice) -> Found:
+def explore(step: Step, one: Slice) -> Found:
     """Every layout of the step on these slices."""
     fits: list[Layout] = []
     too_large: list[Layout] = []
     refused: dict[str, int] = {}
-    experts = max(kind.experts for kind in work.spec.kinds)
-    splits = [n for n in range(1, work.rows + 1) if work.rows % n == 0]
+    experts = max(kind.experts for kind in step.spec.kinds)
+    splits = [n for n in range(1, step.rows + 1) if step.rows % n == 0]
     room = MARGIN * one.chip.hbm_gib * GIB
-    chunks = sorted({*CHUNKS, work.head_chunk}, reverse=True)
-    chunks = chunks if work.spec.head == "lm" else [work.head_chunk]
+    chunks = sorted({*CHUNKS, step.head_chunk}, reverse=True)
+    chunks = chunks if step.spec.head == "lm" else [step.head_chunk]
     for mesh, accumulate in itertools.product(list(meshes(one, experts)), splits):
-        step = dataclasses.replace(work, accumulate=accumulate)
-        wrong = step.refusals(mesh)
+        tried = dataclasses.replace(step, accumulate=accumulate)
+        wrong = tried.refusals(mesh)
         if mesh["data"] % one.slices:
             wrong.append(f"data={mesh['data']} does not divide over {one.slices} slices")
         for reason in wrong:
@@ -119,7 +119,7 @@ def explore(work: Work, one: Slice) -> Found:
         for remat in REMATS:
             # The head reads its kernel once a chunk: the longest chunk for which there is room.
             for chunk in chunks:
-                tried = dataclasses.replace(step, remat=remat, head_chunk=chunk)
+                tried = dataclasses.replace(tried, remat=remat, head_chunk=chunk)
                 needs = memory(tried, mesh)
                 if needs.total <= room:
                     break
@@ -163,10 +163,10 @@ class Outcome:
     winner: Layout | None
 
 
-def search(work: Work, one: Slice, compile: Compile, *, count: int = COMPILED) -> Outcome:
+def search(step: Step, one: Slice, compile: Compile, *, count: int = COMPILED) -> Outcome:
     """The best layout. `compile` compiles one for the slice; it is asked for the best `count`, and
     for the following ones as long as none of them fits, `count` more at the most."""
-    found = explore(work, one)
+    found = explore(step, one)
     tried: list[tuple[Layout, Compiled]] = []
     for layout in found.fits[: 2 * count]:
         if len(tried) >= count and any(result.fits for _, result in tried):
@@ -178,7 +178,7 @@ def search(work: Work, one: Slice, compile: Compile, *, count: int = COMPILED) -
 
 
 def smallest(
-    work: Work, like: Slice, compile: Callable[[Slice, Layout], Compiled]
+    step: Step, like: Slice, compile: Callable[[Slice, Layout], Compiled]
 ) -> tuple[Slice | None, tuple[tuple[Slice, str], ...]]:
     """(the smallest slice of a generation that the step fits, what was said of each tried).
 
@@ -187,7 +187,7 @@ def smallest(
     """
     said: list[tuple[Slice, str]] = []
     for one in sizes(like.chip):
-        found = explore(work, one)
+        found = explore(step, one)
         if not found.fits:
             said.append((one, shortest_of(found, one)))
             continue
@@ -220,10 +220,10 @@ def overlay(layout: Layout, command: str, notes: Sequence[str] = ()) -> str:
     """The YAML of a layout, to lay over the job's config."""
     head = [f"# {line}" for line in (f"Found by: {command}", layout.said, *notes)]
     lines = [f"  {axis}: {layout.sizes[axis]}" for axis in AXES]
-    text = ["mesh:", *lines, "model:", f"  remat: {layout.work.remat}"]
-    text += ["batch:", f"  accumulate: {layout.work.accumulate}"]
-    if layout.work.spec.head == "lm":
-        text += ["train:", f"  head_chunk: {layout.work.head_chunk}"]
+    text = ["mesh:", *lines, "model:", f"  remat: {layout.step.remat}"]
+    text += ["batch:", f"  accumulate: {layout.step.accumulate}"]
+    if layout.step.spec.head == "lm":
+        text += ["train:", f"  head_chunk: {layout.step.head_chunk}"]
     return "\n".join([*head, *text]) + "\n"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from posttrain.models.spec import Rope, Spec
-from posttrain.plan.analytic import Work, weights_of
+from posttrain.plan.analytic import Step, weights_of
 from posttrain.plan.network import AXES
 
 ONE = dict.fromkeys(AXES, 1)
@@ -27,6 +27,6 @@ LLAMA_8B = Spec(
 LLAMA_70B = dataclasses.replace(LLAMA_8B, embed=8192, layers=80, heads=64, mlp=28672)
 
 
-def work(spec: Spec = LLAMA_8B, **changes) -> Work:
+def step(spec: Spec = LLAMA_8B, **changes) -> Step:
     known = {"rows": 256, "length": 8192} | changes
-    return Work(spec=spec, weights=weights_of(spec), **known)
+    return Step(spec=spec, weights=weights_of(spec), **known)

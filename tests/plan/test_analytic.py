@@ -21,7 +21,7 @@ from posttrain.sharding import MeshConfig
 from posttrain.train.state import TrainState
 from posttrain.train.step import Forward, train_step_fn
 from posttrain.types import Batch
-from tests.plan.llama import LLAMA_8B, ONE, work
+from tests.plan.llama import LLAMA_8B, ONE, step
 
 TINY = dataclasses.replace(
     *(LLAMA_8B,),
@@ -38,48 +38,48 @@ def test_all_parameters_are_there():
 
 def test_what_axes_divide():
     """By hand, bytes: float32 weights and two moments, whole but for what an axis cuts."""
-    whole = memory(work(), ONE)
+    whole = memory(step(), ONE)
     assert whole.parameters == 4 * 8030261248
     assert whole.optimizer == 8 * 8030261248
     norms = (2 * 32 + 1) * 4096  # on no axis
-    cut = memory(work(), ONE | {"fsdp": 256})
+    cut = memory(step(), ONE | {"fsdp": 256})
     assert cut.parameters == 4 * ((8030261248 - norms) / 256 + norms)
-    both = memory(work(), ONE | {"fsdp": 64, "tensor": 4})
+    both = memory(step(), ONE | {"fsdp": 64, "tensor": 4})
     assert both.parameters == cut.parameters
-    copies = memory(work(), ONE | {"data": 64, "tensor": 4})
+    copies = memory(step(), ONE | {"data": 64, "tensor": 4})
     assert copies.parameters == 4 * ((8030261248 - norms) / 4 + norms)
-    bfloat16 = work(param_bytes=2, moment_bytes=2)
+    bfloat16 = step(param_bytes=2, moment_bytes=2)
     assert memory(bfloat16, ONE).optimizer == (2 + 4) * 8030261248
-    assert memory(work(reference_bytes=4), ONE).parameters == 2 * whole.parameters
+    assert memory(step(reference_bytes=4), ONE).parameters == 2 * whole.parameters
 
 
 def test_what_remat_keeps():
     """By hand: 8192 positions a device, 32 layers, bfloat16; q 4096, k and v 1024, mlp 14336."""
     sizes, position = ONE | {"fsdp": 256}, 32 * 8192
-    full = memory(work(), sizes)
+    full = memory(step(), sizes)
     assert full.activations == position * 2 * 4096
-    attention = memory(work(remat="attention"), sizes)
+    attention = memory(step(remat="attention"), sizes)
     assert attention.activations == position * (2 * (4096 + 4096) + 4 * 32)
-    dots = memory(work(remat="dots"), sizes)
+    dots = memory(step(remat="dots"), sizes)
     assert dots.activations == position * 2 * (2 * 4096 + 4096 + 2 * 1024 + 2 * 14336)
-    assert memory(work(remat="none"), sizes).activations > dots.activations
-    assert memory(work(remat="offload"), sizes).activations == 0
-    halves = memory(work(rows=512, accumulate=2), sizes)
+    assert memory(step(remat="none"), sizes).activations > dots.activations
+    assert memory(step(remat="offload"), sizes).activations == 0
+    halves = memory(step(rows=512, accumulate=2), sizes)
     assert halves.activations == full.activations
     assert halves.gradients == full.gradients + full.parameters
 
 
 def test_meshes_that_are_none_are_refused_with_the_reason():
-    assert work().refusals(ONE | {"fsdp": 32, "tensor": 8}) == []
-    said = " ".join(work().refusals(ONE | {"fsdp": 16, "tensor": 16}))
+    assert step().refusals(ONE | {"fsdp": 32, "tensor": 8}) == []
+    said = " ".join(step().refusals(ONE | {"fsdp": 16, "tensor": 16}))
     assert "tensor=16 does not divide 8 key heads" in said
     assert "heads" not in said.replace("key heads", "")
-    assert work().refusals(ONE | {"fsdp": 512}) == [
+    assert step().refusals(ONE | {"fsdp": 512}) == [
         "the 256 rows of a micro-batch do not divide over data x fsdp x expert=512"
     ]
-    assert "does not divide 0 experts" in work().refusals(ONE | {"expert": 2})[0]
-    assert "context=48" in work(length=4096).refusals(ONE | {"context": 48})[0]
-    assert "width 4096" in work(rows=48).refusals(ONE | {"fsdp": 48})[0]
+    assert "does not divide 0 experts" in step().refusals(ONE | {"expert": 2})[0]
+    assert "context=48" in step(length=4096).refusals(ONE | {"context": 48})[0]
+    assert "width 4096" in step(rows=48).refusals(ONE | {"fsdp": 48})[0]
 
 
 def compiled(spec: Spec, sizes: dict[str, int], remat: str):
@@ -117,7 +117,7 @@ def compiled(spec: Spec, sizes: dict[str, int], remat: str):
 def test_memory_is_what_the_compiler_says(sizes, remat):
     """The state to the percent; all of it within 30 %: XLA's CPU fuses less than its TPU."""
     said = compiled(TINY, sizes, remat)
-    mine = memory(work(TINY, rows=ROWS, length=LENGTH, remat=remat, compute_bytes=4), ONE | sizes)
+    mine = memory(step(TINY, rows=ROWS, length=LENGTH, remat=remat, compute_bytes=4), ONE | sizes)
     batch = 4 * ROWS * LENGTH * 4 / math.prod(sizes.values()) * sizes.get("tensor", 1)
     state = said.argument_size_in_bytes - batch
     assert mine.parameters + mine.optimizer == pytest.approx(state, rel=0.01)

@@ -9,7 +9,7 @@ import pytest
 from posttrain.models.spec import LayerKind, Spec
 from posttrain.plan.floors import floors, flops, model_flops, seen
 from posttrain.plan.topology import parse
-from tests.plan.llama import LLAMA_8B, LLAMA_70B, ONE, work
+from tests.plan.llama import LLAMA_8B, LLAMA_70B, ONE, step
 
 FSDP = ONE | {"fsdp": 256}
 MATRIX = {"q": 4096 * 4096, "kv": 2 * 4096 * 1024, "o": 4096 * 4096, "mlp": 4096 * 14336}
@@ -25,14 +25,16 @@ def test_flops_by_hand():
     head = 4096 * 128256
     by_hand = 2 * 8192 * (32 * (4 * four + 3 * MATRIX["mlp"]) + 4 * head)
     by_hand += attention(8192 / 2 + 256, 2 + 2 + 7)
-    assert flops(work(), FSDP) == pytest.approx(by_hand, rel=1e-9)
+    assert flops(step(), FSDP) == pytest.approx(by_hand, rel=1e-9)
     dots = 2 * 8192 * (32 * 3 * (four + MATRIX["mlp"]) + 4 * head)
     dots += attention(8192 / 2 + 256, 2 + 2 + 7)
-    assert flops(work(remat="dots"), FSDP) == pytest.approx(dots, rel=1e-9)
-    assert flops(work(remat="none"), FSDP) == pytest.approx(
+    assert flops(step(remat="dots"), FSDP) == pytest.approx(dots, rel=1e-9)
+    assert flops(step(remat="none"), FSDP) == pytest.approx(
         dots - attention(8192 / 2 + 256, 2), rel=1e-9
     )
-    assert flops(work(reference_bytes=4), FSDP) / flops(work(), FSDP) == pytest.approx(1.25, abs=0.02)
+    assert flops(step(reference_bytes=4), FSDP) / flops(step(), FSDP) == pytest.approx(
+        1.25, abs=0.02
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,29 +44,29 @@ def test_flops_by_hand():
 def test_flops_of_matmuls_are_those_of_compiled_programs(spec: Spec, devices, rows, compiled):
     """As libtpu's HLO has them with trip counts, attention's kernels apart: 8B on v6e:16x16, 70B on
     v5p:4x4x4, full remat, one row of 8192 a device."""
-    mine = flops(work(spec, rows=rows), ONE | {"fsdp": devices})
+    mine = flops(step(spec, rows=rows), ONE | {"fsdp": devices})
     mine -= attention(8192 / 2 + 256, 11, spec.layers, spec.embed)
     assert mine == pytest.approx(compiled, rel=0.01)
 
 
 def test_axes_divide_the_flops_and_accumulation_does_not_change_them():
-    whole = flops(work(), FSDP)
-    assert flops(work(), ONE | {"fsdp": 64, "tensor": 4}) == pytest.approx(whole)
-    assert flops(work(), ONE | {"data": 64, "fsdp": 4}) == pytest.approx(whole)
-    assert flops(work(rows=1024, accumulate=4), FSDP) == pytest.approx(4 * whole)
+    whole = flops(step(), FSDP)
+    assert flops(step(), ONE | {"fsdp": 64, "tensor": 4}) == pytest.approx(whole)
+    assert flops(step(), ONE | {"data": 64, "fsdp": 4}) == pytest.approx(whole)
+    assert flops(step(rows=1024, accumulate=4), FSDP) == pytest.approx(4 * whole)
     # where rows are cut, the device with their ends has more pairs than the mean
-    assert flops(work(), ONE | {"fsdp": 64, "context": 4}) > whole
+    assert flops(step(), ONE | {"fsdp": 64, "context": 4}) > whole
 
 
 def test_keys_that_a_kernel_computes():
-    assert seen(work(), LayerKind(), 1) == 4096 + 256
-    assert seen(work(), LayerKind(window=1024), 1) == 1024 + 512
-    assert seen(work(), LayerKind(), 2) == 8192 * 0.75 + 256
+    assert seen(step(), LayerKind(), 1) == 4096 + 256
+    assert seen(step(), LayerKind(window=1024), 1) == 1024 + 512
+    assert seen(step(), LayerKind(), 2) == 8192 * 0.75 + 256
 
 
 def test_what_travels_by_hand():
     """bfloat16 weights of the layers twice, their gradients once; the head's and the table's."""
-    found = floors(work(), FSDP, parse("v6e:16x16"))
+    found = floors(step(), FSDP, parse("v6e:16x16"))
     layers, table, ring = 32 * (41943040 + 3 * MATRIX["mlp"]) * 2, 4096 * 128256, 255 / 256
     wire = {each.what: each.wire for each in found.collectives}
     assert wire == pytest.approx(
@@ -77,10 +79,10 @@ def test_what_travels_by_hand():
             "embedding's gradient": table * 4 * ring,
         }
     )
-    copies = floors(work(), ONE | {"data": 256}, parse("v6e:16x16"))
+    copies = floors(step(), ONE | {"data": 256}, parse("v6e:16x16"))
     assert [(each.kind, each.axis) for each in copies.collectives] == [("all-reduce", "data")]
     assert copies.collectives[0].wire == pytest.approx(2 * ring * (layers + 2 * table * 4))
-    tensor = floors(work(rows=64), ONE | {"fsdp": 64, "tensor": 4}, parse("v6e:16x16"))
+    tensor = floors(step(rows=64), ONE | {"fsdp": 64, "tensor": 4}, parse("v6e:16x16"))
     sums = next(each for each in tensor.collectives if each.axis == "tensor")
     # two a layer forward, two backward, one again; the table's lookup and the head's gradient
     assert sums.wire == pytest.approx((32 * 5 + 2) * 8192 * 4096 * 2 * 2 * 3 / 4)
@@ -91,33 +93,33 @@ def test_experts_are_a_part_of_the_arithmetic_and_bring_tokens_together():
         *(LLAMA_8B,),
         **{"pattern": (LayerKind(experts=8),), "experts_chosen": 2, "expert_mlp": 14336},
     )
-    dense = flops(work(), FSDP) - 2 * 8192 * 32 * 11 * MATRIX["mlp"]
+    dense = flops(step(), FSDP) - 2 * 8192 * 32 * 11 * MATRIX["mlp"]
     router = 2 * 8192 * 32 * 4096 * 8 * 4
-    assert flops(work(moe), FSDP) == pytest.approx(
+    assert flops(step(moe), FSDP) == pytest.approx(
         dense + 2 * 8192 * 32 * 2 * 11 * MATRIX["mlp"] + router, rel=1e-9
     )
     cut = ONE | {"fsdp": 32, "expert": 8}
-    assert flops(work(moe), cut) == pytest.approx(flops(work(moe), FSDP))
-    found = floors(work(moe), cut, parse("v6e:16x16"))
+    assert flops(step(moe), cut) == pytest.approx(flops(step(moe), FSDP))
+    found = floors(step(moe), cut, parse("v6e:16x16"))
     kinds = {each.what for each in found.collectives if each.axis == "expert"}
     assert kinds == {"tokens to experts", "tokens from experts", "gradients of copies"}
 
 
 def test_floors_of_the_pod():
     """8B on v6e:16x16, one row of 8192 a device: arithmetic binds, three quarters of it useful."""
-    found = floors(work(), FSDP, parse("v6e:16x16"))
-    assert found.compute == flops(work(), FSDP) / 918e12
+    found = floors(step(), FSDP, parse("v6e:16x16"))
+    assert found.compute == flops(step(), FSDP) / 918e12
     assert found.binds == "compute"
     assert found.seconds == found.compute < found.serial
-    assert found.utilisation == pytest.approx(model_flops(work()) / 256 / found.flops)
+    assert found.utilisation == pytest.approx(model_flops(step()) / 256 / found.flops)
     assert 0.7 < found.utilisation < 0.8
-    short = floors(work(length=512), FSDP, parse("v6e:16x16"))
+    short = floors(step(length=512), FSDP, parse("v6e:16x16"))
     assert short.binds == "interconnect"
-    assert floors(work(length=512, trained=0.25), FSDP, parse("v6e:16x16")).hbm < short.hbm
+    assert floors(step(length=512, trained=0.25), FSDP, parse("v6e:16x16")).hbm < short.hbm
 
 
 def test_the_convention_of_training_is_the_one_used():
     tokens = 256 * 8192
     matmuls = 32 * (41943040 + 3 * MATRIX["mlp"]) + 4096 * 128256
     pairs = 8192 * 8193 / 2 * 256
-    assert model_flops(work()) == pytest.approx(6 * tokens * matmuls + 12 * 4096 * 32 * pairs)
+    assert model_flops(step()) == pytest.approx(6 * tokens * matmuls + 12 * 4096 * 32 * pairs)

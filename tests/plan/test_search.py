@@ -21,7 +21,7 @@ from posttrain.plan.search import (
     table,
 )
 from posttrain.plan.topology import Slice, parse
-from tests.plan.llama import ONE, work
+from tests.plan.llama import ONE, step
 
 POD = parse("v6e:16x16")
 
@@ -36,7 +36,7 @@ def sound(layout: Layout) -> Compiled:
 
 @pytest.fixture(scope="module")
 def found():
-    return explore(work(), POD)
+    return explore(step(), POD)
 
 
 def test_every_mesh_of_the_slice_is_looked_at_once():
@@ -58,10 +58,10 @@ def test_the_ranking_is_what_one_would_expect(found):
     seconds = [layout.seconds for layout in found.fits]
     assert seconds == sorted(seconds)
     assert found.fits[0].sizes["tensor"] == 1, "no activations travel where rows suffice"
-    by_mesh = {layout.mesh: layout for layout in found.fits if layout.work.remat == "full"}
+    by_mesh = {layout.mesh: layout for layout in found.fits if layout.step.remat == "full"}
     assert by_mesh["fsdp=256"].memory.parameters < by_mesh["data=2 fsdp=128"].memory.parameters
     assert by_mesh["fsdp=256"].seconds < by_mesh["fsdp=64 tensor=4"].seconds
-    of = {layout.work.remat: layout for layout in found.fits if layout.mesh == "fsdp=256"}
+    of = {layout.step.remat: layout for layout in found.fits if layout.mesh == "fsdp=256"}
     assert of["none"].floors.compute < of["dots"].floors.compute < of["full"].floors.compute
     assert of["none"].memory.total > of["attention"].memory.total > of["full"].memory.total
 
@@ -82,7 +82,7 @@ def test_the_best_three_are_compiled_and_the_models_error_is_shown():
             return Compiled(False, None, None, None, None, "needs 33.0 GiB of 31.25")
         return sound(layout)
 
-    outcome = search(work(), POD, compile)
+    outcome = search(step(), POD, compile)
     assert asked == list(outcome.found.fits[:3])
     assert outcome.winner == asked[1]
     said = "\n".join(table(outcome, POD))
@@ -94,12 +94,12 @@ def test_the_best_three_are_compiled_and_the_models_error_is_shown():
 
 def test_the_winner_is_the_best_by_what_was_compiled():
     def compile(layout: Layout) -> Compiled:
-        slow = 3 if layout.work.remat == "none" else 1
+        slow = 3 if layout.step.remat == "none" else 1
         return dataclasses.replace(sound(layout), floors=(slow, 0.1, 0.1))
 
-    winner = search(work(), POD, compile).winner
+    winner = search(step(), POD, compile).winner
     assert winner is not None
-    assert winner.work.remat != "none"
+    assert winner.step.remat != "none"
 
 
 def test_where_none_of_three_fits_three_more_are_tried():
@@ -109,7 +109,7 @@ def test_where_none_of_three_fits_three_more_are_tried():
         asked.append(layout)
         return Compiled(False, None, None, None, None, "no")
 
-    outcome = search(work(), POD, compile)
+    outcome = search(step(), POD, compile)
     assert len(asked) == 6
     assert outcome.winner is None
     assert table(outcome, POD)[-1] == "no layout was found that compiles and fits"
@@ -126,9 +126,9 @@ def test_the_overlay_is_a_config_file(found, tmp_path):
     )
     cfg = load(Config, [tmp_path / "sft.yaml", tmp_path / "overlay.yaml"])
     assert {axis: getattr(cfg.mesh, axis) for axis in ONE} == layout.sizes
-    assert cfg.model.remat == layout.work.remat
-    assert cfg.batch.accumulate == layout.work.accumulate
-    assert cfg.train.head_chunk == layout.work.head_chunk
+    assert cfg.model.remat == layout.step.remat
+    assert cfg.batch.accumulate == layout.step.accumulate
+    assert cfg.train.head_chunk == layout.step.head_chunk
     assert load(Config, [tmp_path / "sft.yaml"], layout.overrides) == cfg
 
 
@@ -140,7 +140,7 @@ def test_the_smallest_slice():
         tried.append(one.name)
         return sound(layout)
 
-    one, said = smallest(work(rows=16, length=2048), parse("v5e:16x16"), compile)
+    one, said = smallest(step(rows=16, length=2048), parse("v5e:16x16"), compile)
     assert one is not None
     assert one.name == tried[0] == "v5e:4x4"
     state = 12 * 8.03e9 / GIB
@@ -154,13 +154,13 @@ def test_a_slice_whose_programs_do_not_fit_is_passed_over():
     def compile(one: Slice, layout: Layout) -> Compiled:
         return Compiled(one.chips >= 64, None, None, None, None, "needs 17 GiB")
 
-    one, said = smallest(work(rows=64, length=2048), parse("v5e:4x4"), compile)
+    one, said = smallest(step(rows=64, length=2048), parse("v5e:4x4"), compile)
     assert one is not None
     assert one.name == "v5e:8x8"
     assert said[-2] == (parse("v5e:4x8"), "needs 17 GiB")
 
 
 def test_several_slices_are_joined_by_the_data_axis():
-    pair = explore(work(rows=512), parse("2xv6e:16x16"))
+    pair = explore(step(rows=512), parse("2xv6e:16x16"))
     assert all(layout.sizes["data"] % 2 == 0 for layout in pair.fits)
     assert any("slices" in reason for reason in pair.refused)
