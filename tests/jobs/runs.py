@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -84,22 +85,31 @@ def mesh_keys(data: int, fsdp: int, tensor: int) -> list[str]:
     return [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"]
 
 
-def start(keys: list[str], devices: int, job: str = "sft") -> subprocess.Popen[str]:
+def start(
+    keys: list[str], devices: int, job: str = "sft", env: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[str]:
     """`posttrain <job> key=value ...` in a process of its own with so many fake devices."""
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    own = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "posttrain.cli", job, *keys]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, env=env, text=True, **pipes)
+    return subprocess.Popen(command, env={**os.environ, **own, **env}, text=True, **pipes)
+
+
+def free_port() -> int:
+    """Of the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def start_together(
     keys: list[str], processes: int, devices: int, job: str = "sft"
 ) -> list[subprocess.Popen[str]]:
     """One run on several processes over loopback, with `devices` fake devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = [f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={processes}"]
+    meet = [
+        f"distributed.coordinator=127.0.0.1:{free_port()}",
+        f"distributed.processes={processes}",
+    ]
     return [
         start([*keys, *meet, f"distributed.process_id={i}"], devices, job) for i in range(processes)
     ]
