@@ -22,6 +22,7 @@ from tests.benchmarks.runs import (
     ANSWERS,
     ASKED,
     NEW_TOKENS,
+    ROOM,
     TRL,
     Ours,
     Tunix,
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.bench
 STEPS = 2  # the first compiles
 ROUNDS = 4  # of the engine inside the loop and alone; the first compiles
 PROGRAMS = ("prefill", "place", "decode")
+ROW_COUNTS = {"ours, 8 rows at once": 8, "ours, 11 rows at once": 11}  # of a micro-batch
 LAYOUTS = {
     "TRL, 64 answers at once": {"per_device_train_batch_size": 64},
     "TRL, 8 answers at once": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8},
@@ -49,14 +51,20 @@ def ours(tmp_path: Path, inputs: Inputs) -> Ours:
 def test_a_step_of_grpo(
     trl: None, tunix: str, ours: Ours, inputs: Inputs, tmp_path: Path, rounds: int
 ) -> None:
-    """TRL trains on all answers at once and on 8 after 8: the quicker is the opponent."""
+    """We and TRL train in two layouts each: the quicker one of each side is compared."""
     theirs = TRL(tmp_path, inputs)
-    sides = {"ours": lambda: ours.rl(STEPS)}
+    sides = {
+        name: lambda n=rows: ours.rl(STEPS, round__micro_tokens=n * ROOM)
+        for name, rows in ROW_COUNTS.items()
+    }
     sides |= {n: lambda a=args: theirs.grpo(STEPS, **a) for n, args in LAYOUTS.items()}
     if tunix:
         sides["Tunix"] = lambda: Tunix(tunix, inputs).grpo(STEPS)
     found = in_turns(sides, rounds)
-    best, _ = best_of({name: [_rate(run) for run in found[name]] for name in LAYOUTS})
+    mine, best = (
+        best_of({name: [_rate(run) for run in found[name]] for name in layouts})[0]
+        for layouts in (ROW_COUNTS, LAYOUTS)
+    )
     figures = []
     for peer in (best, *(["Tunix"] if tunix else [])):
         for name, unit, value, goal in (
@@ -64,8 +72,8 @@ def test_a_step_of_grpo(
             ("GRPO, sampling alone", "tok/s", sampling_rate, None),
             ("GRPO, training alone", "tok/s", training_rate, None),
         ):
-            figures.append(Figure(name, unit, *_both(found, peer, value), peer, goal=goal))
-        memory = _both(found, peer, _peak)
+            figures.append(Figure(name, unit, *_both(found, mine, peer, value), peer, goal=goal))
+        memory = _both(found, mine, peer, _peak)
         figures.append(Figure("GRPO, peak memory", "GiB", *memory, peer, better="less"))
     notes = [
         "Tokens per CPU-second, and what a step held: "
@@ -126,11 +134,11 @@ def _peak(run: Run) -> float:
 
 
 def _both(
-    found: dict[str, list[Run]], peer: str, value: Callable[[Run], float]
+    found: dict[str, list[Run]], mine: str, peer: str, value: Callable[[Run], float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Ours and the peer's, one a round."""
-    mine, other = (tuple(value(run) for run in found[side]) for side in ("ours", peer))
-    return mine, other
+    ours, theirs = (tuple(value(run) for run in found[side]) for side in (mine, peer))
+    return ours, theirs
 
 
 def _step_note(name: str, run: Run) -> str:
