@@ -213,15 +213,16 @@ def widths(spec: Spec, sizes: Sizes) -> tuple[float, float, float]:
 def kept(step: Step, sizes: Sizes) -> float:
     """Bytes that remat keeps of a token in each layer (models/transformer.py, REMAT).
 
-    full: the layer's input. attention: also its result and, float32, the softmax's sum of a head.
-    dots: also q, k, v, o, gate and up, the matmuls whose results the backward pass reads. none:
-    both. offload: nothing, the inputs lie in the host's memory.
+    full: the layer's input. attention: also its result, twice (the kernel's own residual, and what
+    the layer names), and the softmax's sum of each head in float32. dots: also q, k, v, o, gate
+    and up, the matmuls whose results the backward pass reads. none: both. offload: nothing, the
+    inputs lie in the host's memory.
     """
     spec, c = step.spec, step.compute_bytes
     q, kv, f = widths(spec, sizes)
     total = 0.0 if step.remat == "offload" else c * spec.embed
     if step.remat in ("none", "attention"):
-        total += c * q + 4 * q / spec.head_dim
+        total += 2 * c * q + 4 * q / spec.head_dim
     if step.remat in ("none", "dots", "dots_batch"):
         total += c * (q + kv + spec.embed * (1 + spec.post_norm) + 2 * f)
     return total

@@ -25,9 +25,9 @@ from posttrain.plan.topology import Slice, sizes
 
 REMATS: tuple[RematName, ...] = ("none", "dots", "attention", "full")
 CHUNKS = (256, 1024)
-MARGIN = 0.9
-"""Share of a device's memory that a layout may need by the analytic model, to be compiled."""
 COMPILED = 3
+ATTEMPTS = 9
+"""Compilations at the most: a program that does not fit is refused within seconds."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def explore(step: Step, one: Slice) -> Found:
     refused: dict[str, int] = {}
     experts = max(kind.experts for kind in step.spec.kinds)
     splits = [n for n in range(1, step.rows + 1) if step.rows % n == 0]
-    room = MARGIN * one.chip.hbm_gib * GIB
+    room = one.chip.hbm_gib * GIB
     chunks = sorted({*CHUNKS, step.head_chunk}, reverse=True)
     chunks = chunks if step.spec.head == "lm" else [step.head_chunk]
     for mesh, accumulate in itertools.product(list(meshes(one, experts)), splits):
@@ -164,12 +164,12 @@ class Outcome:
 
 
 def search(step: Step, one: Slice, compile: Compile, *, count: int = COMPILED) -> Outcome:
-    """The best layout. `compile` compiles one for the slice; it is asked for the best `count`, and
-    for the following ones as long as none of them fits, `count` more at the most."""
+    """The best layout. `compile` compiles one for the slice: the best, until `count` of them fit by
+    what it says, or ATTEMPTS are made."""
     found = explore(step, one)
     tried: list[tuple[Layout, Compiled]] = []
-    for layout in found.fits[: 2 * count]:
-        if len(tried) >= count and any(result.fits for _, result in tried):
+    for layout in found.fits[:ATTEMPTS]:
+        if sum(result.fits for _, result in tried) == count:
             break
         tried.append((layout, compile(layout)))
     sound = [(layout, result) for layout, result in tried if result.fits]
@@ -211,8 +211,8 @@ def shortest_of(found: Found, one: Slice) -> str:
         return f"no layout divides the step: {'; '.join(reasons[:3])}"
     least = found.too_large[0]
     return (
-        f"needs {least.memory.total / GIB:.1f} GiB a device at the least ({least.said}), and "
-        f"{MARGIN:.0%} of {one.chip.hbm_gib:g} GiB may be planned"
+        f"needs {least.memory.total / GIB:.1f} GiB of {one.chip.hbm_gib:g} a device at the least "
+        f"by the analytic model: {least.said}"
     )
 
 
@@ -232,7 +232,7 @@ def table(outcome: Outcome, one: Slice, *, rows: int = 8) -> list[str]:
     found = outcome.found
     looked = len(found.fits) + len(found.too_large)
     lines = [
-        f"{looked:,} layouts on {one.name}: {len(found.fits):,} fit {MARGIN:.0%} of "
+        f"{looked:,} layouts on {one.name}: {len(found.fits):,} fit "
         f"{one.chip.hbm_gib:g} GiB by the analytic model, {len(found.too_large):,} do not"
     ]
     if found.refused:

@@ -67,7 +67,7 @@ def test_the_ranking_is_what_one_would_expect(found):
 
 
 def test_what_fits_no_device_or_divides_nothing_is_not_ranked_but_told(found):
-    assert all(layout.memory.total > 0.9 * 31.25 * GIB for layout in found.too_large)
+    assert all(layout.memory.total > 31.25 * GIB for layout in found.too_large)
     assert "tensor=16 does not divide 8 key heads" in found.refused
     assert not any(layout.sizes["tensor"] > 8 for layout in found.fits)
     assert not any(layout.sizes["data"] == 256 for layout in found.fits), "8B whole on each"
@@ -83,26 +83,26 @@ def test_the_best_three_are_compiled_and_the_models_error_is_shown():
         return sound(layout)
 
     outcome = search(step(), POD, compile)
-    assert asked == list(outcome.found.fits[:3])
+    assert asked == list(outcome.found.fits[:4])
     assert outcome.winner == asked[1]
     said = "\n".join(table(outcome, POD))
     assert f"compiled {asked[0].said}: does not fit: needs 33.0 GiB of 31.25" in said
-    assert said.count("the model is -9% off") == 2 * 6
+    assert said.count("the model is -9% off") == 3 * 6
     assert said.endswith(f"winner: {asked[1].said}")
-    assert "the least that does not fit: needs 28." in said
+    assert "the least that does not fit: needs 31." in said
 
 
 def test_the_winner_is_the_best_by_what_was_compiled():
     def compile(layout: Layout) -> Compiled:
-        slow = 3 if layout.step.remat == "none" else 1
+        slow = 3 if layout.sizes["data"] == 1 else 1
         return dataclasses.replace(sound(layout), floors=(slow, 0.1, 0.1))
 
     winner = search(step(), POD, compile).winner
     assert winner is not None
-    assert winner.step.remat != "none"
+    assert winner.sizes["data"] > 1
 
 
-def test_where_none_of_three_fits_three_more_are_tried():
+def test_where_none_fits_nine_are_tried():
     asked: list[Layout] = []
 
     def compile(layout: Layout) -> Compiled:
@@ -110,7 +110,7 @@ def test_where_none_of_three_fits_three_more_are_tried():
         return Compiled(False, None, None, None, None, "no")
 
     outcome = search(step(), POD, compile)
-    assert len(asked) == 6
+    assert len(asked) == 9
     assert outcome.winner is None
     assert table(outcome, POD)[-1] == "no layout was found that compiles and fits"
 
@@ -144,9 +144,9 @@ def test_the_smallest_slice():
     assert one is not None
     assert one.name == tried[0] == "v5e:4x4"
     state = 12 * 8.03e9 / GIB
-    assert state / 16 < 0.9 * 15.75 < state / 4, "of 8 chips it is 11.2 GiB, and leaves too little"
+    assert state / 16 < 15.75 < state / 4, "of 8 chips it is 11.2 GiB, and leaves too little"
     assert [each.name for each, _ in said] == ["v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4"]
-    assert all("GiB a device at the least" in why for _, why in said[:-1])
+    assert all("GiB of 15.75 a device at the least" in why for _, why in said[:-1])
     assert said[-1][1].startswith("fits: ")
 
 
