@@ -13,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from posttrain.models.spec import RematName
 from posttrain.plan.analytic import Memory, Sizes, Step, memory
@@ -138,8 +139,8 @@ class Compiled:
     peak: float | None
     """Bytes at its fullest."""
     flops: float | None
-    wire: float | None
-    """Bytes into it over the network."""
+    wire: Mapping[str, float] | None
+    """Kind of collective -> bytes into it over the network."""
     floors: tuple[float, float, float] | None
     """Seconds of arithmetic, of HBM, of the network."""
     message: str = ""
@@ -256,6 +257,42 @@ def table(outcome: Outcome, one: Slice, *, rows: int = 8) -> list[str]:
     return lines
 
 
+def wire_of(layout: Layout) -> dict[str, float]:
+    """Kind of collective -> bytes into a device, by the analytic model."""
+    found: dict[str, float] = {}
+    for each in layout.floors.collectives:
+        found[each.kind] = found.get(each.kind, 0.0) + each.wire
+    return found
+
+
+def as_json(outcome: Outcome, one: Slice) -> dict[str, Any]:
+    """The search as plain values: bytes, FLOPs and seconds of a device."""
+    found = outcome.found
+    return {
+        "topology": one.name,
+        "layouts": {"fit": len(found.fits), "too_large": len(found.too_large)},
+        "refused": found.refused,
+        "limit": one.chip.hbm_gib * GIB,
+        "winner": outcome.winner.said if outcome.winner else None,
+        "compiled": [
+            {
+                "layout": layout.said,
+                "overrides": layout.overrides,
+                "model_flops": layout.floors.model_flops,
+                "peak_flops": layout.floors.peak,
+                "analytic": {
+                    "memory": {**dataclasses.asdict(layout.memory), "total": layout.memory.total},
+                    "flops": layout.floors.flops,
+                    "wire": wire_of(layout),
+                    "floors": [layout.floors.compute, layout.floors.hbm, layout.floors.network],
+                },
+                **dataclasses.asdict(result),
+            }
+            for layout, result in outcome.tried
+        ],
+    }
+
+
 def _beside(layout: Layout, result: Compiled) -> str:
     """A compiled program, and the analytic model's error against it."""
     if not result.fits:
@@ -263,7 +300,7 @@ def _beside(layout: Layout, result: Compiled) -> str:
     pairs = {
         "memory": (layout.memory.total, result.peak, GIB, "GiB"),
         "FLOPs": (layout.floors.flops, result.flops, 1e12, "T"),
-        "wire": (sum(each.wire for each in layout.floors.collectives), result.wire, 1e9, "GB"),
+        "wire": (sum(wire_of(layout).values()), sum((result.wire or {}).values()), 1e9, "GB"),
     }
     if result.floors is not None:
         mine = (layout.floors.compute, layout.floors.hbm, layout.floors.network)

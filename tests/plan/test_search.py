@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -13,12 +14,14 @@ from posttrain.plan.chips import GIB
 from posttrain.plan.search import (
     Compiled,
     Layout,
+    as_json,
     explore,
     meshes,
     overlay,
     search,
     smallest,
     table,
+    wire_of,
 )
 from posttrain.plan.topology import Slice, parse
 from tests.plan.llama import ONE, step
@@ -29,9 +32,9 @@ POD = parse("v6e:16x16")
 def sound(layout: Layout) -> Compiled:
     """What a compiler might say that finds a tenth more than the model."""
     f = layout.floors
-    wire = sum(each.wire for each in f.collectives)
+    wire = {kind: 1.1 * size for kind, size in wire_of(layout).items()}
     times = (1.1 * f.compute, 1.1 * f.hbm, 1.1 * f.network)
-    return Compiled(True, 1.1 * layout.memory.total, 1.1 * f.flops, 1.1 * wire, times)
+    return Compiled(True, 1.1 * layout.memory.total, 1.1 * f.flops, wire, times)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,12 @@ def test_the_best_three_are_compiled_and_the_models_error_is_shown():
     assert said.count("the model is -9% off") == 3 * 6
     assert said.endswith(f"winner: {asked[1].said}")
     assert "the least that does not fit: needs 31." in said
+    again = json.loads(json.dumps(as_json(outcome, POD)))
+    assert (again["topology"], again["winner"]) == ("v6e:16x16", asked[1].said)
+    first, second, *_ = again["compiled"]
+    assert (first["fits"], first["message"]) == (False, "needs 33.0 GiB of 31.25")
+    assert second["peak"] == pytest.approx(1.1 * second["analytic"]["memory"]["total"])
+    assert second["overrides"] == asked[1].overrides
 
 
 def test_the_winner_is_the_best_by_what_was_compiled():
