@@ -143,7 +143,7 @@ class LaunchConfig(Config):
         help="gs://BUCKET/FOLDER: relative run_dir and cache_dir of the job lie there"
     )
     mount: Annotated[str, AfterValidator(_mount)] | None = runtime(
-        None, help="folder the bucket is mounted on, by gcsfuse; null: gs:// is used as it is"
+        None, help="folder the bucket is mounted on, by gcsfuse; null: jobs are given gs:// itself"
     )
     env: Annotated[dict[str, str], AfterValidator(_public)] = runtime(
         {}, help="environment variables of the job"

@@ -97,15 +97,6 @@ def _moved(config: Any, cfg: LaunchConfig) -> tuple[list[str], list[str]]:
     return overrides, notes
 
 
-def _door(error: ConfigError, cfg: LaunchConfig) -> list[Problem]:
-    """The job's own complaints; that of a URL it does not take, with what to do."""
-    hint = "; `mount: /bucket` mounts the bucket on every host" if cfg.mount is None else ""
-    return [
-        Problem(p.path, p.where, p.message + (hint if "gs://" in p.message else ""))
-        for p in error.problems
-    ]
-
-
 def _mesh_problems(config: Any, chips: int, slices: int) -> list[Problem]:
     from posttrain.sharding import mesh_shape, sizes_of_a_slice
 
@@ -137,6 +128,6 @@ def read(cfg: LaunchConfig) -> Job:
     try:
         config = load(module.Config, cfg.run, [*cfg.set, *added], accepts=accepts)
     except ConfigError as error:
-        problems += _door(error, cfg)
+        problems += error.problems
     _raise(problems)
     return Job(name, config, resolved_yaml(config), (*notes, *odd))

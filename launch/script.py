@@ -83,7 +83,7 @@ python=$(command -v python3.13 || command -v python3.12 || command -v python3.11
   python=python3.11
 }
 [ -x "$WORK/venv/bin/python" ] || "$python" -m venv "$WORK/venv"
-"$WORK/venv/bin/python" -m pip install --quiet . 'jax[tpu]' -c constraints.txt
+"$WORK/venv/bin/python" -m pip install --quiet '.[gcs]' 'jax[tpu]' -c constraints.txt
 """
 
 

@@ -7,42 +7,49 @@
           data.json        which tokens the run is trained on: a hash of the prepared data
           metrics.jsonl  tensorboard/  samples/  export/
           lock             held by the process that trains in the folder
+
+A run_dir gs://BUCKET/.. is worked in as posttrain/mirror.py says.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import jax
-from pydantic import BeforeValidator
+from pydantic import PlainValidator
 
-from posttrain import config
+from posttrain import config, mirror
 from posttrain.config import Config, ConfigError, runtime, semantic
+from posttrain.folder import make_folder
 from posttrain.saving import Saver, first_line
 
 EXTENDABLE = ("train.steps", "train.epochs")
 """Semantic keys that a later start of the run may raise: a finished run can be extended."""
+_WHOLE = "commit_success.txt"  # orbax's
 _SOURCE = "source of batches"
 """Where it stands, among a checkpoint's metadata: no key of a config has spaces."""
 _NOTES = "notes of the loop"
 """Likewise, what the loop goes on from."""
 
 
-def _mounted(value: Any) -> Any:
-    if "://" in str(value):
-        raise ValueError("must be a folder that all hosts have mounted, not a URL")
-    return os.path.expanduser(value) if isinstance(value, str) else value
+def _folder(value: Any) -> Any:
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError("must be a folder, or gs://BUCKET/FOLDER")
+    if mirror.is_url(value):
+        from etils import epath
+
+        if not str(value).startswith("gs://"):
+            raise ValueError("must be a folder that all hosts have mounted, or gs://BUCKET/FOLDER")
+        return epath.Path(str(value))
+    return Path(value).expanduser()
 
 
-RunDir = Annotated[Path, BeforeValidator(_mounted)]
+RunDir = Annotated[Path, PlainValidator(_folder)]
 """A run's folder in a job's config."""
 
 
@@ -68,43 +75,6 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def _make_folder(run_dir: Path) -> None:
-    if not_folder := next((p for p in (run_dir, *run_dir.parents) if p.is_file()), None):
-        raise ConfigError(f"run_dir {run_dir}: {not_folder} is a file: choose another folder")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
-        raise ConfigError(f"run_dir {run_dir}: may not be made here: choose another") from error
-
-
-@contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Inside, no other start may train in the folder: two would write over each other's files.
-
-    The lock is the kernel's and ends with the process, however it ends. A file system that has no
-    locks is taken as it is. Raises ValueError, with the holder, if the folder is held.
-    """
-    if not is_primary():
-        yield
-        return
-    _make_folder(run_dir)
-    with (run_dir / "lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(
-                f"run_dir {run_dir}: another start of this run is at work in it ({file.read()}): "
-                "wait for its end, or choose another run_dir"
-            ) from error
-        except OSError:
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
 def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
     """Makes or re-opens a run's folder; True if it holds a checkpoint to continue from.
 
@@ -112,7 +82,7 @@ def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
     resume is "must" and there is no checkpoint, or "never" and there is one.
     """
     if is_primary():
-        _make_folder(run_dir)
+        make_folder(run_dir)
     steps = saved_steps(run_dir)
     if resume == "must" and not steps:
         raise ConfigError(f"checkpoint.resume=must, and {run_dir} holds no checkpoint")
@@ -131,7 +101,8 @@ def open_run(run_dir: Path, cfg: Config, resume: str) -> bool:
                 flush=True,
             )
     if is_primary():
-        (run_dir / "resolved.yaml").write_text(config.resolved_yaml(cfg), encoding="utf-8")
+        text = config.resolved_yaml(mirror.as_given(cfg))
+        (run_dir / "resolved.yaml").write_text(text, encoding="utf-8")
         temporary = run_dir / "semantic.json.tmp"
         temporary.write_text(json.dumps(config.semantic_dict(cfg), indent=1))
         temporary.replace(marker)
@@ -180,9 +151,13 @@ def same_data(run_dir: Path, content: str, resuming: bool) -> None:
 
 def saved_steps(run_dir: Path) -> list[int]:
     """Steps of the whole checkpoints in a run's folder, ascending."""
-    folder = run_dir / "checkpoints"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    folder = mirror.home_of(run_dir) / "checkpoints"
+    if mirror.is_url(folder):
+        mirror.refresh(folder)
+    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    if mirror.is_url(folder):  # which cannot rename what is whole: a file says so
+        found = [p for p in found if (p / _WHOLE).exists()]
+    return sorted(int(p.name) for p in found)
 
 
 class Checkpoints:
@@ -201,12 +176,12 @@ class Checkpoints:
         policies: list[Any] = [keep.LatestN(cfg.keep)]
         if cfg.keep_every:
             policies.append(keep.EveryNSteps(cfg.keep_every))
-        self._every, self._record = cfg.every, record
-        folder = run_dir / "checkpoints"
+        self._run_dir, self._every, self._record = run_dir, cfg.every, record
+        folder = mirror.home_of(run_dir.absolute()) / "checkpoints"
 
         def open_() -> Any:
             return ocp.training.Checkpointer(
-                str(folder.absolute()),
+                str(folder),
                 save_decision_policy=always,
                 preservation_policy=keep.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
@@ -244,6 +219,7 @@ class Checkpoints:
         """
         parts = {_SOURCE: dict(source), _NOTES: dict(notes)}
         record = {**(self._record or {}), **{k: v for k, v in parts.items() if v}}
+        mirror.push(self._run_dir)  # what belongs to the steps up to here is there before it
         self._saver.save(step, state, record or None, wait=wait)
 
     def source(self, step: int) -> dict[str, Any]:
@@ -279,10 +255,11 @@ def find_checkpoint(source: str) -> Path:
 
     Raises ConfigError if there is none, with the steps that there are.
     """
-    folder, step = Path(source).expanduser(), None
+    open_: Any = mirror.at if mirror.is_url(source) else lambda path: Path(path).expanduser()
+    folder, step = open_(source), None
     if not folder.is_dir() and "@" in source:
         before, _, step = source.rpartition("@")
-        folder = Path(before).expanduser()
+        folder = open_(before)
     steps = saved_steps(folder)
     if not steps or step not in (None, *map(str, steps)):
         have = f"the run has steps {steps}" if steps else f"{folder} is no run with checkpoints"
@@ -290,7 +267,8 @@ def find_checkpoint(source: str) -> Path:
             f"{source!r}: no such checkpoint; {have}. Name a run's folder, or <folder>@<step> (a "
             "Hugging Face folder goes into model.path)"
         )
-    return folder.absolute() / "checkpoints" / (step or str(steps[-1]))
+    folder = folder if mirror.is_url(folder) else folder.absolute()
+    return folder / "checkpoints" / (step or str(steps[-1]))
 
 
 def saved_params(source: str) -> set[str]:

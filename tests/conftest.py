@@ -30,8 +30,8 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def soak_rounds() -> int:
-    """How often a soak test does its worst: POSTTRAIN_SOAK_ROUNDS (default 20; CI takes 3)."""
-    return int(os.environ.get("POSTTRAIN_SOAK_ROUNDS", "20"))
+    """How often a soak test does its worst: POSTTRAIN_SOAK_ROUNDS (default 30; CI takes 3)."""
+    return int(os.environ.get("POSTTRAIN_SOAK_ROUNDS", "30"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from posttrain import checkpoint, sharding
+from posttrain import checkpoint, folder, sharding
 from posttrain.checkpoint import CheckpointConfig, Checkpoints, open_run, restore_params
 from posttrain.config import Config, ConfigError, runtime, semantic
 from posttrain.optim import OptimConfig, make_optimizer
@@ -80,13 +80,13 @@ def test_a_file_in_the_way_of_the_folder_is_a_config_error(tmp_path: Path, name:
 
 
 def test_a_folder_is_held_by_one_start_at_a_time(tmp_path: Path) -> None:
-    with checkpoint.held(tmp_path / "run"):
-        second = checkpoint.held(tmp_path / "run")
+    with folder.held(tmp_path / "run"):
+        second = folder.held(tmp_path / "run")
         with pytest.raises(ValueError, match=rf"at work in it \(process {os.getpid()} on "):
             second.__enter__()
-        with checkpoint.held(tmp_path / "other"):
+        with folder.held(tmp_path / "other"):
             pass
-    with checkpoint.held(tmp_path / "run"):
+    with folder.held(tmp_path / "run"):
         assert (tmp_path / "run" / "lock").read_text().count("process") == 1
 
 

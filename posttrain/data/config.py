@@ -90,7 +90,8 @@ class DataConfig(Config):
         "error", help="rows that break the rules: error (all listed at once), or skip (counted)"
     )
     cache_dir: str = runtime(
-        "~/.cache/posttrain/data", help="folder of the tokenised caches; shared by all hosts"
+        "~/.cache/posttrain/data",
+        help="folder of the tokenised caches, shared by all hosts, or gs://BUCKET/FOLDER",
     )
     workers: int | None = runtime(
         None, ge=0, help="worker processes of prepare; 0: threads, empty: by cores and data"

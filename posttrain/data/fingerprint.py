@@ -19,6 +19,7 @@ import posttrain
 from posttrain.chat.template import ChatTemplate
 from posttrain.data.config import DataConfig
 from posttrain.data.sources import digest, kind_of
+from posttrain.mirror import local_of
 from posttrain.types import DataKind
 
 _CODE = ("chat", "data/formats", "data/normal.py", "data/rows.py", "data/fit.py")
@@ -35,7 +36,7 @@ def fingerprint(
     kind: DataKind = "samples",
 ) -> str:
     """32 hex digits. `files`: source name -> its files; digests are remembered in cache_dir."""
-    memory = Path(cfg.cache_dir).expanduser() / "digests"
+    memory = local_of(cfg.cache_dir) / "digests"
     sources = [
         {
             "name": name,

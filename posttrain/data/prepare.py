@@ -7,9 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from posttrain.chat.template import ChatTemplate
 from posttrain.config import ConfigError
+from posttrain.data import stored
 from posttrain.data.cache import INDEX, Cache, CacheWriter
 from posttrain.data.config import DataConfig, SourceConfig
 from posttrain.data.fingerprint import fingerprint
@@ -20,6 +22,7 @@ from posttrain.data.rows import Defect
 from posttrain.data.sources import Block, find_files, read_blocks, size_of
 from posttrain.data.tokenise import TOO_LONG, Job, Result, Task
 from posttrain.data.workers import run_tasks, worker_count
+from posttrain.mirror import local_of
 from posttrain.types import EXAMPLES_OF, DataKind
 
 _LISTED = 50  # bad rows that an error repeats
@@ -68,25 +71,30 @@ def prepare(
     The sources hold data of one kind. `section` is what errors call the part of the config that
     they stand in. quiet: the report is not shown; how far it is, is.
     Where several hosts share cache_dir, one is primary and makes it; the others wait for it, up to
-    cfg.wait_minutes. Raises ConfigError for what cannot be split, BadRows with all bad rows (unless
-    on_bad_row is skip), ValueError for sources that cannot be read, for data of which nothing is
-    left, and when the wait is over.
+    cfg.wait_minutes; where cache_dir is in a store, each machine has a copy (data/stored.py).
+    Raises ConfigError for what cannot be split, BadRows with all bad rows (unless on_bad_row is
+    skip), ValueError for sources that cannot be read, for data of which nothing is left, and when
+    the wait is over.
     """
-    if "://" in cfg.cache_dir:
-        raise ValueError(f"data.cache_dir: {cfg.cache_dir}: must be a local or mounted folder")
     if os.path.expanduser(cfg.cache_dir).startswith("~"):
         raise ValueError(f"data.cache_dir: {cfg.cache_dir}: this user has no home; name a folder")
     refuse_split(cfg, kind)
     files = files_of(cfg, section)
     key = fingerprint(cfg, chat, files, kind=kind)
-    folder = Path(cfg.cache_dir).expanduser() / key
+    folder = local_of(cfg.cache_dir) / key
+    store = stored.place(cfg.cache_dir, key)
+    stored.bring(store, folder)
     if not (folder / INDEX).exists():
         if is_primary:
-            return _make(cfg, chat, files, key, folder, kind, quiet, section)
-        _wait(folder, cfg.wait_minutes)
+            cache = _make(cfg, chat, files, key, folder, kind, quiet, section)
+            stored.keep(folder, store)
+            return cache
+        _wait(folder, store, cfg.wait_minutes)
     cache = Cache.open(folder)
-    if is_primary and not quiet:
-        cache.report.show()
+    if is_primary:
+        stored.keep(folder, store)
+        if not quiet:
+            cache.report.show()
     return cache
 
 
@@ -233,7 +241,7 @@ def _nothing_left(key: str, source: SourceReport, files: list[str], kind: DataKi
     return f"{key}: no {thing} left of {rows} in {', '.join(files) or 'no file'}"
 
 
-def _wait(folder: Path, minutes: float) -> None:
+def _wait(folder: Path, store: Any, minutes: float) -> None:
     """Until another host has made the cache. ValueError: it has not in time."""
     end = time.monotonic() + 60 * minutes
     while not (folder / INDEX).exists():
@@ -246,3 +254,4 @@ def _wait(folder: Path, minutes: float) -> None:
                 "data.wait_minutes, or run `posttrain data prepare` once before"
             )
         time.sleep(_POLL)
+        stored.bring(store, folder)

@@ -27,6 +27,7 @@ from posttrain.config import ConfigError, did_you_mean, runtime, semantic
 from posttrain.data.config import DataConfig, Sources
 from posttrain.hosts import DistributedConfig, init_distributed
 from posttrain.metrics import LogConfig
+from posttrain.mirror import is_url
 from posttrain.sharding import MeshConfig
 
 ACCEPTS = {"sft": {}, "preference": {}, "reward_model": {}, "rl": {}}
@@ -100,10 +101,9 @@ def _refuse_wrong_keys(cfg: Config, known: list[str]) -> None:
         if name not in known:
             hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
             raise ConfigError(f"checks: there is no {name!r}{hint}")
-    if "://" in cfg.data.cache_dir:
-        raise ConfigError(
-            f"data.cache_dir: {cfg.data.cache_dir}: must be a local or mounted folder"
-        )
+    for key, value in (("run_dir", cfg.run_dir), ("data.cache_dir", cfg.data.cache_dir)):
+        if is_url(value):
+            raise ConfigError(f"{key}: {value}: folders are examined: name a local or mounted one")
     if cfg.json and not cfg.json.expanduser().absolute().parent.is_dir():
         raise ConfigError(f"json: {cfg.json}: no such folder")
 

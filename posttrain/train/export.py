@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from posttrain.checkpoint import is_primary
 from posttrain.config import plain_dict
 from posttrain.config_yaml import to_yaml
+from posttrain.mirror import home_of
 from posttrain.models import hf, peft
 from posttrain.models.adapters import merging
 from posttrain.models.nested import flat, join
@@ -61,7 +62,7 @@ def export(cfg: Any, model: Model, story: Story, trained: Any, frozen: Any) -> N
         model.chat.save(folder)
         card = _model_card(cfg, model, story, "transformers")
         (folder / "README.md").write_text(card, encoding="utf-8")
-        print(f"exported to {folder}", flush=True)
+        print(f"exported to {home_of(cfg.run_dir) / 'export'}", flush=True)
 
 
 def save_adapter(cfg: Any, model: Model, story: Story, trained: Any, frozen: Any) -> None:

@@ -18,7 +18,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -33,6 +32,7 @@ from posttrain.data.cache import Cache
 from posttrain.data.plan import BatchConfig, Plan
 from posttrain.metrics import Progress
 from posttrain.models.adapters import without_fresh
+from posttrain.mirror import local_of
 from posttrain.models.head import trained_targets
 from posttrain.models.nested import join
 from posttrain.train.loop import PREEMPTED, Preemption
@@ -150,7 +150,7 @@ def _store(parts: Parts, cache: Cache, weights: str) -> Store:
     what = [VERSION, cache.content, weights, repr(parts.model.spec), model.dtype, platform]
     what.append(precision)
     key = hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
-    return Store(Path(parts.cfg.data.cache_dir).expanduser() / "reference" / key, cache.trained)
+    return Store(local_of(parts.cfg.data.cache_dir) / "reference" / key, cache.trained)
 
 
 def _missing(plan: Plan, store: Store) -> np.ndarray:

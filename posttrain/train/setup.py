@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from posttrain import checkpoint, hosts, optim, sharding
+from posttrain import checkpoint, folder, hosts, mirror, optim, sharding
 from posttrain.agree import agree, agree_on_run
 from posttrain.checkpoint import Checkpoints, is_primary
 from posttrain.config import ConfigError, plain_dict
@@ -76,7 +76,7 @@ def _run(
     use_compile_cache()
     mesh = sharding.make_mesh(cfg.mesh, devices)
     hosts.refuse_strangers()
-    with jax.set_mesh(mesh), checkpoint.held(cfg.run_dir):
+    with jax.set_mesh(mesh), folder.at_work(cfg) as cfg:
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         if cfg.checkpoint.init_from and not resuming:  # asked before anything slow is done
             checkpoint.find_checkpoint(cfg.checkpoint.init_from)
@@ -162,11 +162,16 @@ def _train(
         source = cfg.checkpoint.init_from
         return parts.restored(source) if source else model.params
 
+    if mode == "cached" and mirror.is_url(cfg.data.cache_dir) and jax.process_count() > 1:
+        raise ConfigError(
+            "reference: cached is written by one host and read by all: data.cache_dir must be a "
+            "folder that they have mounted, or set reference=live"
+        )
     sets = [(cache, plan), *((held.cache, held.plan) for held in held_out)]
     sync = mode if isinstance(mode, ReferenceSync) else None
     computed = None if isinstance(mode, ReferenceSync) else mode
     references = make_references(parts, sets, computed, starting, resuming)
-    checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, plain_dict(cfg))
+    checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, plain_dict(mirror.as_given(cfg)))
     # a resumed run needs what it started from for what is frozen alone
     whole = starting() if not resuming or parts.split(model.params)[1] else model.params
     trained, frozen = parts.split(whole)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from posttrain import checkpoint, hosts, optim, sharding
+from posttrain import checkpoint, folder, hosts, mirror, optim, sharding
 from posttrain.agree import agree_on_run
 from posttrain.chat.tokenizer import Tokenizer
 from posttrain.checkpoint import Checkpoints, is_primary
@@ -79,7 +79,7 @@ def _run(cfg: Any, devices: Sequence[Any] | None, make_engine: EngineMaker) -> i
     use_compile_cache()
     mesh = sharding.make_mesh(cfg.mesh, devices)
     hosts.refuse_strangers()
-    with jax.set_mesh(mesh), checkpoint.held(cfg.run_dir):
+    with jax.set_mesh(mesh), folder.at_work(cfg) as cfg:
         resuming = checkpoint.open_run(cfg.run_dir, cfg, cfg.checkpoint.resume)
         if cfg.checkpoint.init_from and not resuming:
             checkpoint.find_checkpoint(cfg.checkpoint.init_from)
@@ -238,7 +238,7 @@ def _train(
         return parts.restored(source) if source else model.params
 
     reference = live_reference(parts, starting, resuming) if cfg.kl.coef else None
-    checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, plain_dict(cfg))
+    checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, plain_dict(mirror.as_given(cfg)))
     whole = starting() if not resuming or parts.split(model.params)[1] else model.params
     trained, frozen = parts.split(whole)
     keep_frozen(cfg.run_dir, frozen)

@@ -180,8 +180,8 @@ def test_processes_that_do_not_meet_are_a_problem_and_the_host_is_still_looked_a
     [
         (["checks=[disks]"], "did you mean 'disk'?"),
         (["json=/no/such/folder/a.json"], "no such folder"),
-        (["run_dir=gs://bucket/runs"], "must be a folder that all hosts have mounted"),
-        (["data.cache_dir=gs://bucket/cache"], "must be a local or mounted folder"),
+        (["run_dir=gs://bucket/runs"], "run_dir: gs://bucket/runs: folders are examined"),
+        (["data.cache_dir=gs://bucket/cache"], "gs://bucket/cache: folders are examined"),
         (["distributed.coordinator=localhost:1"], "set distributed.processes"),
     ],
 )

@@ -60,7 +60,6 @@ BROKEN = {
     "no job": ("gke", {"run": ["configs/overlays/cpu_8.yaml"]}, "none of .* names its job"),
     "job's value": ("gke", {"set": ["optim.lr=fast"]}, r"optim\.lr.*'fast'"),
     "mesh": ("gke", {"set": ["mesh.fsdp=5"]}, "does not fit 16 devices"),
-    "no URL": ("gke", {"mount": None}, "`mount: /bucket` mounts the bucket"),
     "local data": (
         *("gke", {"set": ["data.sources.gsm8k.path=data/train.jsonl"]}),
         "'data/train.jsonl' does not travel.*/bucket/post/",
