@@ -54,7 +54,11 @@ def test_a_run_in_a_store_is_resumed_on_another_machine_and_loses_nothing(
     alone = run_sft(*keys, "train.steps=6", devices=1)
 
     machine("first")
-    run_sft(*keys, "train.steps=4", "export=false", *STORED, devices=1)
+    with monkeypatch.context() as patch:  # two checkpoints, and no time for anything after them
+        push, ended = mirror.push, list[Path]()
+        patch.setattr(checkpoint.Checkpoints, "close", lambda self: ended.append(self._run_dir))
+        patch.setattr(mirror, "push", lambda folder: None if folder in ended else push(folder))
+        run_sft(*keys, "train.steps=4", "export=false", *STORED, devices=1)
     run = Finished(0, store / "runs" / "one")
     assert run.metrics[-1]["step"] == 4
     assert f"run_dir: {URL}\n" in (run.folder / "resolved.yaml").read_text()
