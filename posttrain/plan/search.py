@@ -132,7 +132,7 @@ def explore(step: Step, one: Slice) -> Found:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Result:
     """What a compiled program says of a layout, of one device. None: the compiler said nothing."""
 
     fits: bool
@@ -152,7 +152,7 @@ class Compiled:
         return None if self.floors is None else (max(self.floors) + sum(self.floors)) / 2
 
 
-Compile = Callable[[Layout], Compiled]
+Compile = Callable[[Layout], Result]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Outcome:
     """What a search found: the layouts that were compiled, and the best of them that fits."""
 
     found: Found
-    tried: tuple[tuple[Layout, Compiled], ...]
+    tried: tuple[tuple[Layout, Result], ...]
     winner: Layout | None
 
 
@@ -168,7 +168,7 @@ def search(step: Step, one: Slice, compile: Compile, *, count: int = COMPILED) -
     """The best layout. `compile` compiles one for the slice: the best, until `count` of them fit by
     what it says, or ATTEMPTS are made."""
     found = explore(step, one)
-    tried: list[tuple[Layout, Compiled]] = []
+    tried: list[tuple[Layout, Result]] = []
     for layout in found.fits[:ATTEMPTS]:
         if sum(result.fits for _, result in tried) == count:
             break
@@ -179,7 +179,7 @@ def search(step: Step, one: Slice, compile: Compile, *, count: int = COMPILED) -
 
 
 def smallest(
-    step: Step, like: Slice, compile: Callable[[Slice, Layout], Compiled]
+    step: Step, like: Slice, compile: Callable[[Slice, Layout], Result]
 ) -> tuple[Slice | None, tuple[tuple[Slice, str], ...]]:
     """(the smallest slice of a generation that the step fits, what was said of each tried).
 
@@ -293,7 +293,7 @@ def as_json(outcome: Outcome, one: Slice) -> dict[str, Any]:
     }
 
 
-def _beside(layout: Layout, result: Compiled) -> str:
+def _beside(layout: Layout, result: Result) -> str:
     """A compiled program, and the analytic model's error against it."""
     if not result.fits:
         return f"does not fit: {result.message}"

@@ -12,8 +12,8 @@ from posttrain.config import load
 from posttrain.jobs.sft import Config
 from posttrain.plan.chips import GIB
 from posttrain.plan.search import (
-    Compiled,
     Layout,
+    Result,
     as_json,
     explore,
     meshes,
@@ -29,12 +29,12 @@ from tests.plan.llama import ONE, step
 POD = parse("v6e:16x16")
 
 
-def sound(layout: Layout) -> Compiled:
+def sound(layout: Layout) -> Result:
     """What a compiler might say that finds a tenth more than the model."""
     f = layout.floors
     wire = {kind: 1.1 * size for kind, size in wire_of(layout).items()}
     times = (1.1 * f.compute, 1.1 * f.hbm, 1.1 * f.network)
-    return Compiled(True, 1.1 * layout.memory.total, 1.1 * f.flops, wire, times)
+    return Result(True, 1.1 * layout.memory.total, 1.1 * f.flops, wire, times)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +79,10 @@ def test_what_fits_no_device_or_divides_nothing_is_not_ranked_but_told(found):
 def test_the_best_three_are_compiled_and_the_models_error_is_shown():
     asked: list[Layout] = []
 
-    def compile(layout: Layout) -> Compiled:
+    def compile(layout: Layout) -> Result:
         asked.append(layout)
         if len(asked) == 1:
-            return Compiled(False, None, None, None, None, "needs 33.0 GiB of 31.25")
+            return Result(False, None, None, None, None, "needs 33.0 GiB of 31.25")
         return sound(layout)
 
     outcome = search(step(), POD, compile)
@@ -102,7 +102,7 @@ def test_the_best_three_are_compiled_and_the_models_error_is_shown():
 
 
 def test_the_winner_is_the_best_by_what_was_compiled():
-    def compile(layout: Layout) -> Compiled:
+    def compile(layout: Layout) -> Result:
         slow = 3 if layout.sizes["data"] == 1 else 1
         return dataclasses.replace(sound(layout), floors=(slow, 0.1, 0.1))
 
@@ -114,9 +114,9 @@ def test_the_winner_is_the_best_by_what_was_compiled():
 def test_where_none_fits_nine_are_tried():
     asked: list[Layout] = []
 
-    def compile(layout: Layout) -> Compiled:
+    def compile(layout: Layout) -> Result:
         asked.append(layout)
-        return Compiled(False, None, None, None, None, "no")
+        return Result(False, None, None, None, None, "no")
 
     outcome = search(step(), POD, compile)
     assert len(asked) == 9
@@ -145,7 +145,7 @@ def test_the_smallest_slice():
     """8B with float32 weights and Adam, 12 bytes a weight, beside at the least a layer of each."""
     tried: list[str] = []
 
-    def compile(one: Slice, layout: Layout) -> Compiled:
+    def compile(one: Slice, layout: Layout) -> Result:
         tried.append(one.name)
         return sound(layout)
 
@@ -160,8 +160,8 @@ def test_the_smallest_slice():
 
 
 def test_a_slice_whose_programs_do_not_fit_is_passed_over():
-    def compile(one: Slice, layout: Layout) -> Compiled:
-        return Compiled(one.chips >= 64, None, None, None, None, "needs 17 GiB")
+    def compile(one: Slice, layout: Layout) -> Result:
+        return Result(one.chips >= 64, None, None, None, None, "needs 17 GiB")
 
     one, said = smallest(step(rows=64, length=2048), parse("v5e:4x4"), compile)
     assert one is not None
