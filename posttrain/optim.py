@@ -199,13 +199,21 @@ def init_state(tx: optax.GradientTransformation, params: Any) -> Any:
 
     Call it on concrete sharded arrays: each leaf that has a parameter's shape gets its sharding.
     """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(tx, params))
+    return jax.jit(lambda: tx.init(_as_float32(params)), out_shardings=shardings)()
 
-    def as_float32(tree: Any) -> Any:
-        return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), tree)
 
-    abstract = jax.eval_shape(lambda p: tx.init(as_float32(p)), params)
-    shardings = state_shardings(abstract, params)
-    return jax.jit(lambda: tx.init(as_float32(params)), out_shardings=shardings)()
+def abstract_state(tx: optax.GradientTransformation, params: Any) -> Any:
+    """Its shapes, dtypes and shardings, of parameters that may be as abstract."""
+    shapes = jax.eval_shape(lambda p: tx.init(_as_float32(p)), params)
+    shardings = state_shardings(shapes, params)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _as_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), tree)
 
 
 def state_shardings(opt_state: Any, params: Any) -> Any:

@@ -14,7 +14,7 @@ sampled for: that is another job.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
@@ -33,7 +33,7 @@ from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.optim import OptimConfig
 from posttrain.sharding import MeshConfig
-from posttrain.train.config import EvalConfig, ReferenceSync, TrainConfig
+from posttrain.train.config import EvalConfig, FaultsConfig, ReferenceSync, TrainConfig
 
 
 class Config(Section):
@@ -66,6 +66,7 @@ class Config(Section):
     mesh: MeshConfig = runtime(MeshConfig(), help="how devices are laid out")
     distributed: DistributedConfig = runtime(DistributedConfig(), help="how processes meet")
     checkpoint: CheckpointConfig = semantic(CheckpointConfig(), help="saving and resuming")
+    faults: FaultsConfig = semantic(FaultsConfig(), help="what becomes of a run that goes wrong")
     log: LogConfig = runtime(LogConfig(), help="metrics")
     export: bool = runtime(True, help="write <run_dir>/export, a Hugging Face folder, at the end")
 
@@ -88,8 +89,13 @@ class Config(Section):
         return self
 
 
+def setup_of(cfg: Config) -> dict[str, Any]:
+    """What posttrain.train.setup is told beside the config."""
+    return {"kind": cfg.loss.data, "reference": cfg.reference_sync or cfg.reference}
+
+
 def run(cfg: Config) -> int:
     """Exit code: 0 done, 75 told to stop and saved. Raises ValueError on what the user can mend."""
     from posttrain.train import setup  # flax, orbax and grain load here, not for --help
 
-    return setup.run(cfg, kind=cfg.loss.data, reference=cfg.reference_sync or cfg.reference)
+    return setup.run(cfg, **setup_of(cfg))

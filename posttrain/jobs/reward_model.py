@@ -14,7 +14,7 @@ single steps, several labels, and rewards by regression on scores.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from posttrain.chat.template import ChatConfig
 from posttrain.checkpoint import CheckpointConfig, RunDir
@@ -30,7 +30,7 @@ from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.optim import OptimConfig
 from posttrain.sharding import MeshConfig
-from posttrain.train.config import HeldOutConfig, TrainConfig
+from posttrain.train.config import FaultsConfig, HeldOutConfig, TrainConfig
 
 
 class Config(Section):
@@ -57,12 +57,18 @@ class Config(Section):
     mesh: MeshConfig = runtime(MeshConfig(), help="how devices are laid out")
     distributed: DistributedConfig = runtime(DistributedConfig(), help="how processes meet")
     checkpoint: CheckpointConfig = semantic(CheckpointConfig(), help="saving and resuming")
+    faults: FaultsConfig = semantic(FaultsConfig(), help="what becomes of a run that goes wrong")
     log: LogConfig = runtime(LogConfig(), help="metrics")
     export: bool = runtime(True, help="write <run_dir>/export, a Hugging Face folder, at the end")
+
+
+def setup_of(_: Config) -> dict[str, Any]:
+    """What posttrain.train.setup is told beside the config."""
+    return {"kind": "pairs", "head": "score"}
 
 
 def run(cfg: Config) -> int:
     """Exit code: 0 done, 75 told to stop and saved. Raises ValueError on what the user can mend."""
     from posttrain.train import setup  # flax, orbax and grain load here, not for --help
 
-    return setup.run(cfg, kind="pairs", head="score")
+    return setup.run(cfg, **setup_of(cfg))

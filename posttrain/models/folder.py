@@ -26,10 +26,11 @@ _DTYPES = {
 }
 
 
-def local_folder(path: str) -> Path:
+def local_folder(path: str, *, weights: bool = True) -> Path:
     """The folder of a model: `path` itself, or a download where it is a hub id (owner/name).
 
-    Raises ConfigError where it is neither, ValueError where the hub cannot be reached.
+    weights: False leaves them out of the download. Raises ConfigError where it is neither,
+    ValueError where the hub cannot be reached.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -38,7 +39,7 @@ def local_folder(path: str) -> Path:
         raise ConfigError(f"model path {path!r}: no such folder, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *["*.safetensors"] * weights]
     copies = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more
     try:
         return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=copies))

@@ -192,19 +192,31 @@ def open_model(
     store: as `load` takes it; random weights are left as they are.
     """
     folder = local_folder(cfg.path)
-    spec = read_spec(folder)
-    if head == "value" and spec.head == "score":  # the same head, read at every token
-        spec = dataclasses.replace(spec, head=head)
-    made = head not in (None, spec.head)
-    if made:
-        spec = _with_scalar_head(spec, cfg.path, head, new_head)
-    spec = spec.with_vocab(max(spec.vocab_size, tokenizer_size), cfg.vocab_multiple)
+    spec, made = spec_of(cfg, folder, tokenizer_size=tokenizer_size, head=head, new_head=new_head)
     compute = compute_of(cfg)
     if cfg.random_init:
         graph, state = random_model(spec, compute, mesh, cfg.init_seed)
         return Model(spec, graph, state, made)
     seed = cfg.init_seed if made else None
     return load(folder, spec, mesh, compute, new_ids=new_ids, new_head_seed=seed, store=store)
+
+
+def spec_of(
+    cfg: ModelConfig,
+    folder: Path,
+    *,
+    tokenizer_size: int = 0,
+    head: HeadName | None = "lm",
+    new_head: bool = False,
+) -> tuple[Spec, bool]:
+    """(what open_model opens, whether it makes a random head): of config.json alone."""
+    spec = read_spec(folder)
+    if head == "value" and spec.head == "score":  # the same head, read at every token
+        spec = dataclasses.replace(spec, head=head)
+    made = head not in (None, spec.head)
+    if made:
+        spec = _with_scalar_head(spec, cfg.path, head, new_head)
+    return spec.with_vocab(max(spec.vocab_size, tokenizer_size), cfg.vocab_multiple), made
 
 
 def _with_scalar_head(spec: Spec, path: str, head: HeadName, new_head: bool) -> Spec:

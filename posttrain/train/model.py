@@ -12,10 +12,11 @@ from flax import nnx
 
 from posttrain.chat.template import ChatTemplate
 from posttrain.chat.tokenizer import Tokenizer
-from posttrain.models import adapters, hf, peft
+from posttrain.models import adapters, hf, peft, read_spec
 from posttrain.models.lora import LoraConfig
 from posttrain.models.peft_config import check_config
 from posttrain.models.spec import HeadName, Spec
+from posttrain.models.transformer import abstract_model, compute_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,40 @@ def use_compile_cache() -> None:
         if not folder.is_absolute():
             return  # a user without a home
         jax.config.update("jax_compilation_cache_dir", str(folder / "posttrain" / "compiled"))
+
+
+def open_abstract(
+    cfg: Any,
+    mesh: jax.sharding.Mesh,
+    *,
+    head: HeadName = "lm",
+    new_head: bool = False,
+    lora: LoraConfig | None = None,
+) -> Model:
+    """The same model as open_model's, its parameters shapes: of config.json alone.
+
+    It has no chat template, and a tokenizer only where the folder has one: without, the vocabulary
+    is config.json's and the tokens that model.new_tokens adds.
+    """
+    folder = hf.local_folder(cfg.model.path, weights=False)
+    tokenizer: Any = None
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(folder)
+        size = tokenizer.size
+        tokenizer = tokenizer.with_added_tokens(list(cfg.model.new_tokens))
+        new_ids = range(size, tokenizer.size)
+    else:
+        size = read_spec(folder).vocab_size
+        new_ids = range(size, size + len(cfg.model.new_tokens))
+    spec, made = hf.spec_of(
+        cfg.model, folder, tokenizer_size=new_ids.stop, head=head, new_head=new_head
+    )
+    graph, state = abstract_model(spec, compute_of(cfg.model), mesh)
+    if lora:
+        graph, state = adapters.adapt(graph, state, lora, mesh, new_ids=new_ids)
+    params = nnx.to_pure_dict(state)
+    chat: Any = None
+    return Model(folder, spec, graph, params, tokenizer, chat, made, lora, new_ids)
 
 
 def open_model(

@@ -13,6 +13,7 @@ Shape suffixes: B rows, T positions, S segments of a row; n examples of a pass.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -31,8 +32,8 @@ from posttrain.checkpoint import is_primary
 from posttrain.data.cache import Cache
 from posttrain.data.plan import BatchConfig, Plan
 from posttrain.metrics import Progress
-from posttrain.models.adapters import without_fresh
 from posttrain.mirror import local_of
+from posttrain.models.adapters import without_fresh
 from posttrain.models.head import trained_targets
 from posttrain.models.nested import join
 from posttrain.train.loop import PREEMPTED, Preemption
@@ -131,16 +132,25 @@ def live_copy(params: Any, dtype: str) -> Any:
     Every matmul casts its weights to it first, so the log-probs are the same to the bit; norms
     multiply in float32 and keep their scales as they are.
     """
+    layout = jax.tree.map(lambda p: p.sharding, params)
+    return jax.jit(functools.partial(_copied, dtype=dtype), out_shardings=layout)(params)
 
+
+def abstract_live_copy(params: Any, dtype: str) -> Any:
+    """Its shapes, dtypes and shardings, of abstract parameters."""
+    shapes = jax.eval_shape(functools.partial(_copied, dtype=dtype), params)
+    return jax.tree.map(
+        lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), shapes, params
+    )
+
+
+def _copied(params: Any, dtype: str) -> Any:
     def copy(path: Any, p: jax.Array) -> jax.Array:
         norm = "norm" in jax.tree_util.keystr(path)
         smaller = jnp.dtype(dtype).itemsize < p.dtype.itemsize
         return jnp.copy(p.astype(dtype) if smaller and not norm else p)
 
-    layout = jax.tree.map(lambda p: p.sharding, params)
-    return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(copy, tree), out_shardings=layout)(
-        params
-    )
+    return jax.tree_util.tree_map_with_path(copy, params)
 
 
 def _store(parts: Parts, cache: Cache, weights: str) -> Store:

@@ -162,8 +162,11 @@ def _shape(
     )
 
 
-def _forward(parts: Parts, loss: Any, shape: Shape) -> Forward:
-    """How many tokens of a row were sampled is not known ahead: the head has room for all."""
+def online_forward(parts: Parts, loss: Any, shape: Shape) -> Forward:
+    """What a step on sampled answers computes.
+
+    How many tokens of a row were sampled is not known ahead: the head has room for all.
+    """
     cfg = parts.cfg
     return Forward(
         parts.model.graphdef,
@@ -217,7 +220,7 @@ def _critic(parts: Parts, shape: Shape) -> tuple[Critic, Any] | None:
         SimpleNamespace(model=named, chat=cfg.chat), parts.mesh, head="value", new_head=True
     )
     other = Parts(cfg.model_copy(update={"lora": None}), parts.mesh, opened, "samples")
-    return Critic(cfg.critic, _forward(other, cfg.critic.loss, shape)), opened.params
+    return Critic(cfg.critic, online_forward(other, cfg.critic.loss, shape)), opened.params
 
 
 def _train(
@@ -261,7 +264,7 @@ def _train(
         raise ConfigError(
             f"{cfg.run_dir} is at step {start}, past the {steps} steps this config asks for"
         )
-    forward = _forward(parts, objective(cfg.loss, cfg.kl, cfg.sampling.max_new_tokens), shape)
+    forward = online_forward(parts, objective(cfg.loss, cfg.kl, cfg.sampling.max_new_tokens), shape)
     room = shape.micro_batches(cfg.round.prompts * cfg.round.answers)
     judges = Judges(
         logps=Passes(forward, shape, mesh, room),
@@ -293,6 +296,8 @@ def _train(
         evaluate=evaluate,
         eval_every=cfg.eval.every,
         tokens_before=source.tokens,
+        faults=cfg.faults,
+        began=began,
     )
     try:
         if evaluate is not None and cfg.eval.first and not start:

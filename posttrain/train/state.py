@@ -35,6 +35,13 @@ def new_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(step, params, optim.init_state(tx, params))
 
 
+def new_abstract_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The same of abstract parameters: shapes, dtypes and shardings; nothing is allocated."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    return TrainState(step, params, optim.abstract_state(tx, params))
+
+
 def abstract(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a state or of parameters: what is restored to."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,136 @@
+"""The programs that a job compiles, with abstract arguments: nothing is allocated, nothing is read
+but config.json (and the tokenizer, where there is one).
+
+They are the job's own: the step of train/step.py, made of the parts that a run makes it of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from posttrain import optim, sharding
+from posttrain.models.nested import join
+from posttrain.models.spec import Spec
+from posttrain.plan.assumed import batch_of, plan_of_a_step
+from posttrain.plan.hlo import Bounds
+from posttrain.train.config import ReferenceSync
+from posttrain.train.model import open_abstract
+from posttrain.train.offline import step_size
+from posttrain.train.parts import Parts
+from posttrain.train.reference import abstract_live_copy
+from posttrain.train.setup import refuse_long_rows, refuse_what_has_no_use
+from posttrain.train.state import TrainState, new_abstract_state
+from posttrain.train.step import train_step_fn
+from posttrain.train.throughput import train_flops
+
+UNKNOWN_STEPS = 1000
+"""Of a run whose length follows from its data: what the schedule of learning rates is made for."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function and its abstract arguments.
+
+    held: the parts of them that stay on the device (parameters, optimiser, ...). trained: what has
+    gradients while it runs. flops: that all devices together need for it by
+    train/throughput.py's convention; None: that convention says nothing of it. tokens: that it
+    reads.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    held: Mapping[str, Any]
+    tokens: int
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    trained: Any = None
+    bounds: Bounds = field(default_factory=Bounds)
+    flops: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a config's job compiles on a mesh. assumed: lines on what was not known.
+
+    steps: of the run; None: its data say that.
+    """
+
+    mesh: jax.sharding.Mesh
+    spec: Spec
+    programs: tuple[Program, ...]
+    assumed: tuple[str, ...]
+    steps: int | None
+
+
+def offline(
+    cfg: Any, devices: list[Any], *, setup: Mapping[str, Any], example_tokens: int | None = None
+) -> Job:
+    """Of sft, preference and reward_model. setup: as posttrain.train.setup.run takes it.
+
+    example_tokens: mean length of an example; None: a row's. ConfigError as a run raises it.
+    """
+    mesh = sharding.make_mesh(cfg.mesh, devices)
+    kind, head = setup.get("kind", "samples"), setup.get("head", "lm")
+    mode, seq_len = setup.get("reference"), cfg.data.seq_len
+    with jax.set_mesh(mesh):
+        model = open_abstract(cfg, mesh, head=head, new_head=True, lora=cfg.lora)
+        parts = Parts(cfg, mesh, model, kind)
+        trained, frozen = parts.split(model.params)
+        refuse_long_rows("data.seq_len", seq_len, model)
+        refuse_what_has_no_use(cfg, mesh, model, ("data.seq_len", seq_len))
+        tokens = min(example_tokens or seq_len, seq_len)
+        shards = sharding.batch_shards(mesh)
+        plan = plan_of_a_step(cfg.batch, kind, seq_len=seq_len, tokens=tokens, shards=shards)
+        steps = cfg.train.steps or UNKNOWN_STEPS
+        tx = optim.make_optimizer(cfg.optim, steps)
+        state = new_abstract_state(trained, tx)
+        asks = mode is not None and "reference_logps" in cfg.loss.needs
+        sync = mode if isinstance(mode, ReferenceSync) else None
+        live = None
+        if sync is not None:
+            state = TrainState(state.step, state.params, state.opt_state, trained)
+        elif asks and mode == "live":
+            live = join(abstract_live_copy(trained, cfg.model.dtype), frozen)
+        step = train_step_fn(
+            parts.forward(plan, len(cfg.data.sources)),
+            tx,
+            optim.schedule(cfg.optim, steps),
+            cfg.optim.clip_norm,
+            state,
+            sync,
+        )
+        batch = batch_of(plan, mesh, reference=asks and mode == "cached")
+    held = {"parameters": model.params, "optimiser": state.opt_state, "batch": batch}
+    if sync is not None or live is not None:
+        held["reference"] = (
+            trained if sync is not None else abstract_live_copy(trained, cfg.model.dtype)
+        )
+    size = step_size(plan, 0)
+    program = Program(
+        "train step",
+        step,
+        (state, batch, live, frozen),
+        held,
+        size.tokens,
+        trained=trained,
+        flops=train_flops(
+            model.spec,
+            size,
+            live_reference=sync is not None or live is not None,
+            adapters=model.lora is not None,
+        ),
+    )
+    known = (
+        f"each example has {tokens:,} tokens"
+        + ("" if example_tokens else " (a full row: --example-tokens N says otherwise)")
+        + ", all of them trained"
+    )
+    step_said = (
+        f"a step is {plan.rows:,} rows x {seq_len:,} tokens in {cfg.batch.accumulate} "
+        f"micro-batch(es): {plan.micro_rows // shards} row(s) a device at a time"
+    )
+    return Job(mesh, model.spec, (program,), (step_said, known), cfg.train.steps)
