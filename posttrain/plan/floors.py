@@ -160,9 +160,11 @@ def hbm_bytes(step: Step, sizes: Sizes) -> float:
     """Bytes between HBM and the chip, if all that is not a matmul is fused into its neighbours.
 
     A matmul reads its tokens and its weight and writes its result, forward, again, and twice
-    backward; gathered weights and gradients are written and read once more; what remat keeps is
-    written and read; each chunk of the head reads its kernel three times and adds to a float32
-    gradient of it; the optimiser reads and writes its state.
+    backward; activation(gate) * up is made anew in each of the mlp's backward matmuls that reads
+    it, of two arrays for one; gathered weights and gradients are written and read once more; what
+    remat keeps is written, cut out of its stack, copied and read; each chunk of the head reads its
+    kernel three times and adds to a float32 gradient of it; the optimiser reads and writes its
+    state.
     """
     c, tokens, total = step.compute_bytes, step.tokens(sizes), 0.0
     reference = 1 if step.reference_bytes else 0
@@ -174,8 +176,9 @@ def hbm_bytes(step: Step, sizes: Sizes) -> float:
             total += weight.layers * c * tokens * (read + written) * (passes + 2)
             gathers = 2 * (2 + reference) if weight.ways(sizes).get("fsdp", 1) > 1 else 0
             total += weight.layers * c * size * (passes + 1 + gathers / 2 + 2)
-    q, kv, _ = widths(step.spec, sizes)
-    total += step.spec.layers * tokens * (c * (2 * q + kv) * 4 + 2 * kept(step, sizes))
+    q, kv, f = widths(step.spec, sizes)
+    attention, mlp = c * (2 * q + kv) * 4, c * f * 6
+    total += step.spec.layers * tokens * (attention + mlp + 4 * kept(step, sizes))
     kernel, positions = head_kernel(step, sizes), tokens * step.trained
     chunks = -(-positions // step.head_chunk)
     total += kernel * (chunks * (3 * c + 8) + reference * chunks * c)
