@@ -61,7 +61,9 @@ class Saver:
             print(f"checkpoint: not saved: {reason(error)}", file=sys.stderr, flush=True)
 
     def _begun(self, step: int, state: Any, record: dict[str, Any] | None) -> Exception | None:
-        error = None
+        error, newest = None, self.orbax.latest
+        if newest is not None and newest.step == step:
+            return self._agreed(None)  # what failed came after it: the removal of an older one
         try:
             self._writing = self.orbax.save_async(step, state, force=True, custom_metadata=record)
         except Exception as raised:  # orbax, tensorstore and the system each have their own
