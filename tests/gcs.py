@@ -108,7 +108,7 @@ def _server(root: Path) -> ThreadingHTTPServer:
 
         def do_DELETE(self) -> None:
             bucket, name, _ = self.parts()
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 (root / bucket / name).unlink()
             self.say(204)
 

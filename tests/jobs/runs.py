@@ -127,6 +127,13 @@ def finish(running: list[subprocess.Popen[str]], seconds: float = 300) -> list[i
     return [process.returncode for process in running]
 
 
+def newest_step(folder: Path) -> int:
+    """The steps that metrics.jsonl has whole lines of."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return sum('"loss": ' in line and line.endswith("\n") for line in lines)
+
+
 def wait_until(reached: Callable[[], bool], running: subprocess.Popen[str]) -> None:
     """Looks again and again (or until the process has ended)."""
     until = time.monotonic() + 200

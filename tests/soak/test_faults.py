@@ -19,7 +19,7 @@ import pytest
 
 from posttrain.checkpoint import saved_steps
 from posttrain.train.loop import PREEMPTED
-from tests.jobs.runs import Finished, relative, start, start_together, wait_until
+from tests.jobs.runs import Finished, newest_step, relative, start, start_together, wait_until
 
 pytestmark = pytest.mark.soak
 
@@ -34,11 +34,6 @@ LAYOUTS = [  # processes, devices of each, mesh
     (2, 2, ["mesh.data=2"]),
 ]
 Running = list[subprocess.Popen[str]]
-
-
-def newest_step(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def saving(folder: Path) -> bool:

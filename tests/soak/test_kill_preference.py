@@ -10,16 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.jobs.runs import Finished, finish, start, wait_until
+from tests.jobs.runs import Finished, finish, newest_step, start, wait_until
 
 pytestmark = pytest.mark.soak
 
 STEPS_A_ROUND = 15
-
-
-def newest_step(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def store(folder: Path, kind: str) -> list[Path]:

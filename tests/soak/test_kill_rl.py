@@ -11,17 +11,12 @@ import numpy as np
 import pytest
 
 from tests.jobs.rl_task import HERE
-from tests.jobs.runs import Finished, finish, start, wait_until
+from tests.jobs.runs import Finished, finish, newest_step, start, wait_until
 
 pytestmark = pytest.mark.soak
 
 UPDATES = 8  # of a round of answers
 STEPS_A_ROUND = 2 * UPDATES
-
-
-def newest_step(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def newest_round(folder: Path) -> int:
