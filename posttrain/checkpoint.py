@@ -30,6 +30,8 @@ from posttrain.saving import Saver, first_line
 
 EXTENDABLE = ("train.steps", "train.epochs")
 """Semantic keys that a later start of the run may raise: a finished run can be extended."""
+CHANGEABLE = "faults."
+"""Those that it may change: a run that stopped at a fault goes on with another answer to it."""
 _WHOLE = "commit_success.txt"  # orbax's
 _SOURCE = "source of batches"
 """Where it stands, among a checkpoint's metadata: no key of a config has spaces."""
@@ -117,6 +119,8 @@ def _refuse_another_config(
         return []  # nothing was trained yet: the folder may take any config
     problems, grown = [], []
     for key, (was, now) in config.diff(old, cfg).items():
+        if key.startswith(CHANGEABLE):
+            continue
         if was is not None and now is not None and key in EXTENDABLE and now >= was:
             grown.append((key, was, now))
         else:
@@ -221,6 +225,10 @@ class Checkpoints:
         record = {**(self._record or {}), **{k: v for k, v in parts.items() if v}}
         mirror.push(self._run_dir)  # what belongs to the steps up to here is there before it
         self._saver.save(step, state, record or None, wait=wait)
+
+    def settle(self) -> None:
+        """Waits for what is being written; a save that fails now is told, and not tried again."""
+        self._saver.settle()
 
     def source(self, step: int) -> dict[str, Any]:
         """What was saved with the state of a step for the source of batches."""

@@ -6,6 +6,9 @@ It may also have
   WORD     the key that a word alone sets;
   ACCEPTS  name of a job whose configs it takes too (it reads the sections both have) -> keys of
            its own that such a config means.
+One that takes the configs of other jobs as they are has, in the place of these,
+  OPTIONS  dict of flag -> (what follows it, "" for nothing; one line);
+  run_any(files, overrides, {flag: value}).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ JOBS = {
     "rejection": ("posttrain.jobs.rejection", "many answers to each prompt; the best as data"),
     "rl": ("posttrain.jobs.rl", "learning online: a task's rewards, GRPO to PPO"),
     "evaluate": ("posttrain.jobs.evaluate", "how well a model does a task"),
+    "plan": ("posttrain.jobs.plan", "compile a job for a TPU slice without one: does it fit"),
     "report": ("posttrain.jobs.report", "the answers of a run, with what they earned"),
     "score": ("posttrain.jobs.score", "rows of answers -> the same rows with their scores"),
     "data": ("posttrain.jobs.data", "prepare, preview or check training data"),
@@ -49,6 +53,7 @@ EXIT_CODES = """exit codes:
   0    done
   1    wrong data or a failure; the message says which
   2    wrong config or command: do not retry
+  70   hung (faults.watchdog); the stacks of all threads are in <run_dir>/stacks: start again
   75   preempted after saving: start the same command again
   130  interrupted from the keyboard"""
 
@@ -82,30 +87,57 @@ def _job_usage(name: str, job: ModuleType) -> str:
     actions: dict[str, str] = getattr(job, "ACTIONS", {})
     action = f" {{{'|'.join(actions)}}}" if actions else ""
     action += f" {word.upper()}" if (word := getattr(job, "WORD", "")) else ""
+    options = {f"{flag} {what}".strip(): line for flag, (what, line) in _options(job).items()}
     parts = [
         f"usage: posttrain {name}{action} CONFIG.yaml [OVERLAY.yaml ...] [key.path=value ...]",
         (job.__doc__ or JOBS[name][1]).strip(),
         f"actions:\n{_table(actions)}" if actions else "",
-        f"flags:\n{_table(FLAGS)}",
-        f"config keys (* = runtime: does not change the result):\n{help_text(job.Config)}",
+        f"flags:\n{_table(options | FLAGS)}",
+        ""
+        if options
+        else f"config keys (* = runtime: does not change the result):\n{help_text(job.Config)}",
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Arguments -> (flags, words and YAML files, key=value)."""
-    flags, words, overrides = [], [], []
-    for argument in arguments:
+def _options(job: ModuleType) -> dict[str, tuple[str, str]]:
+    return getattr(job, "OPTIONS", {})
+
+
+def _options_of(arguments: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Of the job that the arguments name; it is loaded only where there are flags of its own."""
+    name = next((a for a in arguments if not a.startswith("-")), "")
+    own = any(a.startswith("-") and a not in (*FLAGS, "-h") for a in arguments)
+    return _options(_import(name)) if own and name in JOBS else {}
+
+
+def _split(
+    arguments: Sequence[str],
+) -> tuple[list[str], list[str], list[str], dict[str, str]]:
+    """Arguments -> (flags, words and YAML files, key=value, a job's own flags with values)."""
+    flags, words, overrides, given = [], [], [], {}
+    options, rest = _options_of(arguments), list(arguments)
+    while rest:
+        argument = rest.pop(0)
         if argument.startswith("-"):
+            flag, equals, value = argument.partition("=")
+            if flag in options:
+                if options[flag][0] and not equals:
+                    if not rest or rest[0].startswith("-"):
+                        raise UsageError(f"{flag} needs {options[flag][0]}")
+                    value = rest.pop(0)
+                given[flag] = value
+                continue
             flag = "--help" if argument == "-h" else argument
             if flag not in FLAGS:
-                raise UsageError(f"unknown flag {argument}{_suggest(argument, list(FLAGS))}")
+                known = [*options, *FLAGS]
+                raise UsageError(f"unknown flag {argument}{_suggest(argument, known)}")
             flags.append(flag)
         elif "=" in argument:
             overrides.append(argument)
         else:
             words.append(argument)
-    return flags, words, overrides
+    return flags, words, overrides, given
 
 
 def _is_file(word: str) -> bool:
@@ -123,19 +155,21 @@ def _import(name: str) -> ModuleType:
         ) from error
 
 
-def _run(name: str, words: list[str], overrides: list[str], flags: list[str]) -> int:
+def _run(
+    name: str, words: list[str], overrides: list[str], flags: list[str], given: dict[str, str]
+) -> int:
     job = _import(name)
     if "--help" in flags:
         print(_job_usage(name, job))
         return 0
     actions: dict[str, str] = getattr(job, "ACTIONS", {})
-    given = [word for word in words if not _is_file(word)]
+    plain = [word for word in words if not _is_file(word)]
     if actions:
-        if not given or words[0] != given[0]:
+        if not plain or words[0] != plain[0]:
             raise UsageError(f"posttrain {name} needs an action: {', '.join(actions)}")
-        if given[0] not in actions:
-            raise UsageError(f"unknown action {given[0]!r}{_suggest(given[0], list(actions))}")
-    extra = given[1:] if actions else given
+        if plain[0] not in actions:
+            raise UsageError(f"unknown action {plain[0]!r}{_suggest(plain[0], list(actions))}")
+    extra = plain[1:] if actions else plain
     if extra and (key := getattr(job, "WORD", None)):
         overrides = [f"{key}={extra.pop(0)}", *overrides]
     if extra:
@@ -144,14 +178,18 @@ def _run(name: str, words: list[str], overrides: list[str], flags: list[str]) ->
     from posttrain.config import load, resolved_yaml
 
     files = [word for word in words if _is_file(word)]
+    if _options(job):
+        return job.run_any(files, overrides, given)
     config = load(job.Config, files, overrides, accepts=getattr(job, "ACCEPTS", {}))
     if "--show" in flags:
         print(resolved_yaml(config), end="")
         return 0
-    return (job.run(config, given[0]) if actions else job.run(config)) or 0
+    return (job.run(config, plain[0]) if actions else job.run(config)) or 0
 
 
-def _dispatch(flags: list[str], words: list[str], overrides: list[str]) -> int:
+def _dispatch(
+    flags: list[str], words: list[str], overrides: list[str], given: dict[str, str]
+) -> int:
     if "--version" in flags:
         from importlib.metadata import version
 
@@ -163,7 +201,7 @@ def _dispatch(flags: list[str], words: list[str], overrides: list[str]) -> int:
     name, *rest = words
     if name not in JOBS:
         raise UsageError(f"unknown job {name!r}{_suggest(name, list(JOBS))}")
-    return _run(name, rest, overrides, flags)
+    return _run(name, rest, overrides, flags, given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,6 +35,10 @@ class LogConfig(Config):
         None, help="first and last step of a profiler trace (perfetto, xprof), written to trace/"
     )
 
+    profile_steps: int = runtime(
+        3, gt=0, help="steps that SIGUSR1, or a file <run_dir>/profile, has traced to trace/"
+    )
+
     @field_validator("trace_steps")
     @classmethod
     def _a_range(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -97,8 +101,12 @@ class Writer:
     def __init__(self, folder: Path, cfg: LogConfig, *, primary: bool, resumed_at: int = 0):
         """Lines of steps after `resumed_at` will be made again: they move to SUPERSEDED."""
         self._file = self._board = None
-        if not primary:
-            return
+        self._folder, self._cfg = folder, cfg
+        if primary:
+            self._open(resumed_at)
+
+    def _open(self, resumed_at: int) -> None:
+        folder, cfg = self._folder, self._cfg
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         _set_aside(path, resumed_at)
@@ -118,6 +126,12 @@ class Writer:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """As if the run went on at this step: later lines are set aside."""
+        if self._file is not None:
+            self.close()
+            self._open(step)
 
     def close(self) -> None:
         if self._file is not None:

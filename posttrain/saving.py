@@ -53,6 +53,11 @@ class Saver:
         if error is not None:
             raise self._hopeless(step, error)
 
+    def settle(self) -> None:
+        """Waits for what is being written; where that fails, it is told, and not tried again."""
+        if (error := self._written()) is not None and jax.process_index() == 0:
+            print(f"checkpoint: not saved: {reason(error)}", file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Waits for what is being written; says what became of it, where nobody can mend it."""
         try:

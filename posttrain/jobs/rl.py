@@ -42,7 +42,7 @@ from posttrain.sharding import MeshConfig
 from posttrain.tasks import TASKS
 from posttrain.tasks.base import Task
 from posttrain.tools import ToolsConfig
-from posttrain.train.config import TrainConfig
+from posttrain.train.config import FaultsConfig, TrainConfig
 from posttrain.train.online_config import (
     CriticConfig,
     OnlineEvalConfig,
@@ -90,6 +90,7 @@ class Config(Section):
     mesh: MeshConfig = runtime(MeshConfig(), help="how devices are laid out")
     distributed: DistributedConfig = runtime(DistributedConfig(), help="how processes meet")
     checkpoint: CheckpointConfig = semantic(CheckpointConfig(), help="saving and resuming")
+    faults: FaultsConfig = semantic(FaultsConfig(), help="what becomes of a run that goes wrong")
     log: LogConfig = runtime(LogConfig(), help="metrics")
     export: bool = runtime(True, help="write <run_dir>/export, a Hugging Face folder, at the end")
 
@@ -170,6 +171,12 @@ class Config(Section):
         if self.eval.prompts and self.eval.temperature == 0 and self.eval.answers > 1:
             wrong.append(
                 f"eval.temperature is 0: all {self.eval.answers} of eval.answers would be the same"
+            )
+        if self.faults.goes_back:
+            wrong.append(
+                "faults.on_nonfinite, faults.on_spike: rollback leaves a batch of prepared data "
+                "out; here batches are sampled by the policy that went wrong, and a round's other "
+                "steps stand on it: set stop"
             )
         if self.lora is not None and self.lora.dropout:
             wrong.append("lora.dropout: answers are sampled without it: set it to 0")

@@ -26,7 +26,7 @@ from posttrain.models.lora import LoraConfig
 from posttrain.models.spec import ModelConfig
 from posttrain.optim import OptimConfig
 from posttrain.sharding import MeshConfig
-from posttrain.train.config import EvalConfig, TrainConfig
+from posttrain.train.config import EvalConfig, FaultsConfig, TrainConfig
 
 
 class Config(Section):
@@ -49,6 +49,7 @@ class Config(Section):
     mesh: MeshConfig = runtime(MeshConfig(), help="how devices are laid out")
     distributed: DistributedConfig = runtime(DistributedConfig(), help="how processes meet")
     checkpoint: CheckpointConfig = semantic(CheckpointConfig(), help="saving and resuming")
+    faults: FaultsConfig = semantic(FaultsConfig(), help="what becomes of a run that goes wrong")
     log: LogConfig = runtime(LogConfig(), help="metrics")
     export: bool = runtime(True, help="write <run_dir>/export, a Hugging Face folder, at the end")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from posttrain.config import Config, runtime, semantic
@@ -32,6 +34,40 @@ class TrainConfig(Config):
         if self.epochs is not None and self.steps is not None:
             raise ValueError("epochs and steps are both set: keep one")
         return self
+
+
+class FaultsConfig(Config):
+    """What becomes of a run in which something goes wrong (docs/faults.md).
+
+    All of it may differ between two starts of a run: what was left out is in the run's folder.
+    """
+
+    on_nonfinite: Literal["stop", "rollback"] = semantic(
+        "stop",
+        help="a loss or gradient norm that is no number. stop: end the run; rollback: go back to "
+        "the last checkpoint, and leave the step's batch out",
+    )
+    on_spike: Literal["ignore", "stop", "rollback"] = semantic(
+        "ignore", help="likewise of one that is far above those before it"
+    )
+    spike_window: int = semantic(128, ge=8, help="steps before it that say what is usual")
+    spike_deviations: float = semantic(
+        10.0, gt=0, help="how far above their median: in 1.4826 x median absolute deviations"
+    )
+    max_rollbacks: int = runtime(3, gt=0, help="in all of the run; at the next it stops")
+    watchdog: float | None = runtime(
+        1800.0,
+        gt=0,
+        help="seconds without a step, then all stacks are written and the run ends with exit code "
+        "70, to be started again; none: never",
+    )
+    watchdog_slow: float = runtime(
+        7200.0, gt=0, help="likewise while it compiles, saves, evaluates or makes a batch"
+    )
+
+    @property
+    def goes_back(self) -> bool:
+        return "rollback" in (self.on_nonfinite, self.on_spike)
 
 
 class ReferenceSync(Config):

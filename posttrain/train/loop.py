@@ -1,45 +1,41 @@
-"""The training loop: steps, what they report, evaluation, checkpoints, and leaving in good order.
+"""The training loop: steps, evaluation, checkpoints, going back, and leaving in good order.
 
 The host runs one step ahead of the devices: it reads the metrics of step k after it has dispatched
-step k + 1, and waits for the devices at no other place than checkpoints and evaluations.
+step k + 1, and waits for the devices at no other place than checkpoints and evaluations. What
+becomes of faults is in docs/faults.md.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import signal
 import sys
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
-import psutil
 
-from posttrain import metrics as reporting
-from posttrain.checkpoint import Checkpoints
-from posttrain.metrics import LogConfig, Progress, Writer
-from posttrain.models.spec import Spec
-from posttrain.train.source import BatchSource, Stopped, Told
-from posttrain.train.throughput import PEAK_TFLOPS, train_flops
+from posttrain.metrics import Progress
+from posttrain.train.goodput import Goodput
+from posttrain.train.profiler import Profiler
+from posttrain.train.reporter import Reporter, evaluation_line
+from posttrain.train.run import Run, Step
+from posttrain.train.source import Stopped
+from posttrain.train.spikes import Diverged, FaultLog, Watch, passed_over
+from posttrain.train.state import abstract
+from posttrain.train.watchdog import Watchdog
 
-WATCHED = ("rewards/accuracies", "rewards/margins", "accuracy", "margin")
-"""Metrics that the terminal shows beside the loss, where there are any."""
-WATCHED_ONLINE = ("reward", "entropy", "kl", "accuracy")
-"""Likewise of steps on sampled answers."""
 PREEMPTED = 75
 """Exit code of a run that was told to stop and saved: start it again and it goes on."""
 
 
 @contextmanager
 def stops_at_once() -> Iterator[None]:
-    """SIGTERM inside, where nothing waits to be saved, is SystemExit(PREEMPTED) and no more.
+    """SIGTERM inside, where nothing waits to be saved, is SystemExit(PREEMPTED) and no more;
+    SIGUSR1, which asks for a profile, is passed over, where by itself it would end the process.
 
     For the time before the first step and after the last: in between, Preemption takes over. With
     several processes jax's notifier holds the signal as soon as they have met.
@@ -53,10 +49,12 @@ def stops_at_once() -> Iterator[None]:
         yield
         return
     previous = signal.signal(signal.SIGTERM, leave)
+    profiles = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGUSR1, profiles)
 
 
 class Preemption:
@@ -87,237 +85,206 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._previous)
 
 
-@dataclass(frozen=True)
-class Run:
-    """All that the loop needs; the job puts it together."""
-
-    folder: Path
-    spec: Spec
-    train_step: Callable[..., tuple[Any, reporting.Metrics]]
-    """(state, batch, reference, frozen) -> (state, metrics); a state has a `step`."""
-    reference: Any
-    """The parameters of a live reference; None: there is none."""
-    synced: bool
-    """Whether there is one in the state instead."""
-    frozen: Any
-    """The parameters that are not trained."""
-    adapters: bool
-    """Whether the model is among these, and adapters are trained."""
-    source: BatchSource
-    total_steps: int
-    source_names: list[str]
-    checkpoints: Checkpoints
-    writer: Writer
-    log: LogConfig
-    evaluate: Callable[[Any, int], dict[str, float]] | None
-    """(state, step) -> metrics; called every eval_every steps and at the end."""
-    eval_every: int | None
-    tokens_before: int
-    """Non-padding tokens of the steps that an earlier start of the run made."""
-
-
-@dataclass
-class _Step:
-    """A dispatched step whose metrics were not read yet."""
-
-    number: int
-    metrics: reporting.Metrics
-    told: Told
-    waited: float
-
-
 def train(run: Run, state: Any) -> tuple[Any, bool]:
     """Runs from state.step to run.total_steps; (final state, whether it was preempted).
 
-    Raises FloatingPointError at the first loss or gradient that is not finite: such a state is
-    never saved, the last checkpoint stands.
+    Raises FloatingPointError at a loss or gradient norm that is not finite, or far above those
+    before it, unless run.faults says to go back; such a state is never saved, the last checkpoint
+    stands. OSError where nothing can be saved. A run that hangs is ended (train/watchdog.py).
     """
-    primary = jax.process_index() == 0
-    start = int(state.step)
-    progress = Progress("train", run.total_steps, start, every=run.log.every, primary=primary)
-    preemption = Preemption()
-    reporter = _Reporter(run, progress)
-    pending: deque[_Step] = deque()
-    stopped = False
-    trace = _Trace(run)
-    run.source.watch(preemption.reached)
+    with _Loop(run, state) as loop:
+        return loop.go()
 
-    def save(step: int, *, wait: bool = False) -> None:
-        while pending:  # a state is saved only after its loss was seen to be finite
-            reporter.report(pending.popleft())
-        with reporter.paused():
-            run.checkpoints.save(step, state, run.source.save(step), wait=wait)
 
-    try:
-        for step in range(start + 1, run.total_steps + 1):
-            trace.before(step, state)
-            waited = run.source.waited
+class _Loop(ExitStack):
+    def __init__(self, run: Run, state: Any):
+        super().__init__()
+        self._run, self._state = run, state
+        process, start = jax.process_index(), int(state.step)
+        notes = run.checkpoints.notes(start) if start else {}
+        self._progress = Progress(
+            "train", run.total_steps, start, every=run.log.every, primary=process == 0
+        )
+        self.callback(self._progress.close)
+        self._faults, self._watch = FaultLog(run.folder), Watch(run.faults, notes)
+        self._reporter = Reporter(run, self._progress, notes.get("tokens", run.tokens_before))
+        self._goodput = Goodput(run.folder, began=run.began, step=start, primary=process == 0)
+        self.callback(self._goodput.write)
+        limits = run.faults.watchdog, run.faults.watchdog_slow
+        self._watchdog = Watchdog(run.folder, *limits, process=process)
+        self.callback(self._watchdog.close)
+        self._preemption = Preemption()
+        self.callback(self._preemption.close)
+        self._profiler = Profiler(run.folder, run.log, self._progress.say, poll=process == 0)
+        self.callback(self._profiler.close)
+        self._pending: deque[Step] = deque()
+        self._compiled = self._stopped = False
+
+    def go(self) -> tuple[Any, bool]:
+        run, step = self._run, int(self._state.step)
+        run.source.watch(self._told_to_stop)
+        if skipped := sorted(self._faults.skipped):
+            self._progress.say(f"left out, as faults.jsonl has it: the batches of steps {skipped}")
+        if run.faults.goes_back and run.checkpoints.latest() is None:
+            self._save(step)  # what the first steps would go back to
+        self._goodput.turn("steps")
+        while step < run.total_steps and not self._stopped:
+            step += 1
             try:
-                batch = run.source.next(state)
-            except Stopped:
-                stopped = True
-                if step > 1:
-                    save(step - 1, wait=True)
-                progress.say(f"told to stop while sampling: step {step - 1} stands")
-                break
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, device_metrics = run.train_step(state, batch, run.reference, run.frozen)
-            waited = run.source.waited - waited
-            pending.append(_Step(step, device_metrics, run.source.told(), waited))
-            while len(pending) > run.source.ahead:
-                reporter.report(pending.popleft())
-            trace.after(step, device_metrics)
-            stopped = preemption.reached()
-            last = step == run.total_steps
-            evaluates = run.evaluate is not None and (
-                last or (run.eval_every is not None and step % run.eval_every == 0)
-            )
-            if run.checkpoints.due(step) or last or stopped:
-                save(step, wait=last or stopped)
-            if evaluates and run.evaluate is not None and not stopped:
-                while pending:
-                    reporter.report(pending.popleft())
-                try:
-                    with reporter.paused():
-                        found = run.evaluate(state, step)
-                except Stopped:
-                    stopped = True
-                    save(step, wait=True)
-                else:
-                    run.writer.write(step, found)
-                    progress.say(evaluation_line(step, found))
-            if stopped:
-                progress.say(f"told to stop: saved step {step}")
-                break
-    finally:
-        trace.close()
-        preemption.close()
-        progress.close()
-    return state, stopped and int(state.step) < run.total_steps
+                self._step(step)
+            except Diverged as found:
+                step = self._go_back(found)
+        run.writer.write(int(self._state.step), self._goodput.metrics())
+        self._progress.say(self._goodput.table())
+        return self._state, self._stopped and int(self._state.step) < run.total_steps
+
+    def _step(self, step: int) -> None:
+        run, source = self._run, self._run.source
+        self._profiler.before(step, self._state)
+        waited = source.waited
+        try:
+            with self._watchdog.slow("making a batch"):
+                batch = source.next(self._state)
+        except Stopped:
+            self._stopped = True
+            if step > 1:
+                self._save(step - 1, wait=True)
+            self._progress.say(f"told to stop while sampling: step {step - 1} stands")
+            return
+        waited = source.waited - waited
+        idle = all(_ready(before.metrics) for before in self._pending)
+        if step in self._faults.skipped:
+            self._drain()
+            self._state = passed_over(self._state)
+            run.writer.write(step, {"skipped": 1.0})
+        else:
+            with self._compiling(), jax.profiler.StepTraceAnnotation("train", step_num=step):
+                self._state, metrics = run.train_step(self._state, batch, run.reference, run.frozen)
+            told = source.told()
+            self._pending.append(Step(step, metrics, told, waited))
+            if told.apart is not None:
+                self._goodput.move(waited, "sampling")
+            elif idle:  # else the devices were at work meanwhile: it cost nothing
+                self._goodput.move(waited, "data")
+        self._drain(source.ahead)
+        self._profiler.after(step, self._state)
+        self._stopped = self._preemption.reached()
+        last = step == run.total_steps
+        if run.checkpoints.due(step) or last or self._stopped:
+            self._save(step, wait=last or self._stopped)
+        due = last or (run.eval_every is not None and step % run.eval_every == 0)
+        if run.evaluate is not None and due and not self._stopped:
+            self._evaluate(step)
+        if self._stopped:
+            self._progress.say(f"told to stop: saved step {step}")
+
+    def _drain(self, ahead: int = 0) -> None:
+        """Reads the metrics of all steps but the last `ahead`. Raises Diverged."""
+        while len(self._pending) > ahead:
+            step = self._pending.popleft()
+            metrics = self._reporter.report(step)
+            self._watchdog.step(step.number)
+            self._goodput.beat()
+            try:
+                self._watch.look(step.number, metrics)
+            except Diverged as found:
+                found.examples = step.told.examples
+                raise
+
+    def _save(self, step: int, *, wait: bool = False) -> None:
+        self._drain()  # a state is saved only after its loss was seen to be fit
+        run = self._run
+        self._goodput.mark(step)
+        with self._apart("save"):
+            notes = {"tokens": self._reporter.tokens, **self._watch.notes()}
+            run.checkpoints.save(step, self._state, run.source.save(step), notes, wait=wait)
+        run.writer.write(step, self._goodput.metrics())
+
+    def _evaluate(self, step: int) -> None:
+        run = self._run
+        assert run.evaluate is not None
+        self._drain()
+        try:
+            with self._apart("evaluation"):
+                found = run.evaluate(self._state, step)
+        except Stopped:
+            self._stopped = True
+            self._save(step, wait=True)
+        else:
+            run.writer.write(step, found)
+            self._progress.say(evaluation_line(step, found))
+
+    def _go_back(self, found: Diverged) -> int:
+        """To the last checkpoint, whose step is returned, if the config and the count of times
+        allow it; the step that diverged will be passed over. Else raises FloatingPointError."""
+        run = self._run
+        self._pending.clear()  # made after the step that diverged
+        run.checkpoints.settle()
+        back = run.checkpoints.latest()
+        wanted = run.faults.on_spike if found.kind == "spike" else run.faults.on_nonfinite
+        times = len(self._faults.skipped)
+        if wanted != "rollback" or times >= run.faults.max_rollbacks or back is None:
+            self._faults.write(found, "stop", back)
+            raise FloatingPointError(_why(run, found, back, times if wanted == "rollback" else 0))
+        assert run.seek is not None, "the config allows it where the source does"
+        self._faults.write(found, "rollback", back)
+        self._progress.say(
+            f"{found}: back to checkpoint {back}, then on without the {len(found.examples)} "
+            f"examples of step {found.step} (faults.jsonl; {times + 1} of at most "
+            f"{run.faults.max_rollbacks} times)"
+        )
+        with self._apart("setup"):
+            layout = abstract(self._state)
+            for array in jax.tree.leaves(self._state):  # there is not room for two
+                array.delete()
+            self._state = run.checkpoints.restore(layout, back)
+            run.seek(back)
+            run.writer.rewind(back)
+            notes = run.checkpoints.notes(back)
+            self._watch = Watch(run.faults, notes)
+            self._reporter.tokens = notes.get("tokens", 0)
+        self._goodput.lose(back)
+        return back
+
+    def _told_to_stop(self) -> bool:
+        self._watchdog.alive()
+        return self._preemption.reached()
+
+    @contextmanager
+    def _apart(self, kind: str) -> Iterator[None]:
+        """Inside, time is of another kind than steps, and no rate counts it."""
+        with self._reporter.paused(), self._goodput.spent(kind), self._watchdog.slow(kind):
+            yield
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Around the dispatch of a step: the first waits for the compiler."""
+        if self._compiled:
+            yield
+            return
+        with self._goodput.spent("compile"), self._watchdog.slow("compiling"):
+            yield
+        self._compiled = True
 
 
-class _Reporter:
-    """Fetches a step's metrics, adds what the host knows, writes them down."""
-
-    def __init__(self, run: Run, progress: Progress):
-        self._run, self._progress = run, progress
-        self._tokens = run.tokens_before
-        self._clock = time.monotonic()
-        self._steps = 0
-        device = jax.local_devices()[0]
-        peak = run.log.peak_tflops or PEAK_TFLOPS.get(device.device_kind)
-        self._peak = peak * 1e12 * jax.device_count() if peak else None
-        self._device = device
-        self._process = psutil.Process()
-
-    def paused(self) -> _Pause:
-        """Time inside does not count as training time."""
-        return _Pause(self)
-
-    def skip(self, seconds: float) -> None:
-        self._clock += seconds
-
-    def report(self, step: _Step) -> None:
-        run, told, size = self._run, step.told, step.told.size
-        flat = reporting.flatten(jax.device_get(step.metrics), run.source_names)
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        self._tokens += size.tokens
-        flat |= {
-            "epoch": told.epochs,
-            "num_tokens": self._tokens,
-            "examples": size.examples,
-            "packing_efficiency": size.tokens / size.positions,
-            "seconds": seconds,
-            "data_wait_seconds": step.waited,
-            **self._memory(),
-            **told.metrics,
-        }
-        watched = WATCHED
-        if told.apart is not None:  # rates are of the training alone
-            watched, seconds = WATCHED_ONLINE, max(seconds - told.apart, 1e-9)
-            flat["time/training"] = seconds
-        if self._steps:  # the first step's time is mostly compilation: it gives no rate
-            live = run.reference is not None or run.synced
-            flops = (
-                train_flops(run.spec, size, live_reference=live, adapters=run.adapters) / seconds
-            )
-            flat |= {
-                "examples_per_second": size.examples / seconds,
-                "tokens_per_second": size.tokens / seconds,
-                "trained_tokens_per_second": size.trained / seconds,
-                "tflops_per_second": flops / 1e12,
-            }
-            if self._peak:
-                flat["mfu"] = flops / self._peak
-        self._steps += 1
-        run.writer.write(step.number, flat)
-        shown = [f"loss {flat.get('loss', math.nan):.4f}"]
-        shown += [f"{name} {flat[name]:.3f}" for name in watched if name in flat]
-        shown += [f"lr {flat['learning_rate']:.2e}"]
-        if "tokens_per_second" in flat:
-            shown += [f"{flat['tokens_per_second']:,.0f} tok/s"]
-        self._progress.update(step.number, " ".join(shown))
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(flat.get(name, math.nan)):
-                last = run.checkpoints.latest()
-                saved = "there is no checkpoint" if last is None else f"checkpoint {last} stands"
-                look = f"data preview CONFIG.yaml preview.step={step.number - 1}"
-                if told.apart is not None:
-                    look = f"report rollouts {run.folder}"
-                raise FloatingPointError(
-                    f"step {step.number}: {name} is {flat.get(name)}; nothing of it was saved, "
-                    f"{saved}. Lower optim.lr, or look at the step's examples with `posttrain "
-                    f"{look}`"
-                )
-
-    def _memory(self) -> dict[str, float]:
-        stats = self._device.memory_stats() or {}
-        memory = {"memory/host_gib": self._process.memory_info().rss / 2**30}
-        if "peak_bytes_in_use" in stats:
-            memory["memory/device_peak_gib"] = stats["peak_bytes_in_use"] / 2**30
-        return memory
+def _ready(metrics: Any) -> bool:
+    """Whether the devices have made them; asks, and does not wait."""
+    leaves: list[Any] = jax.tree.leaves(metrics)
+    return all(leaf.is_ready() for leaf in leaves)
 
 
-class _Pause:
-    def __init__(self, reporter: _Reporter):
-        self._reporter = reporter
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._reporter.skip(time.monotonic() - self._began)
-
-
-class _Trace:
-    """The profiler, on for those of log.trace_steps that this start of the run makes."""
-
-    def __init__(self, run: Run):
-        self._folder, self._steps = run.folder / "trace", run.log.trace_steps
-        self._on = self._made = False
-
-    def before(self, step: int, wait_for: Any) -> None:
-        """wait_for: the state that step begins with, so that no earlier step is in the trace."""
-        if self._steps and not self._made and self._steps[0] <= step <= self._steps[1]:
-            jax.block_until_ready(wait_for)
-            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
-            self._on = self._made = True
-
-    def after(self, step: int, wait_for: Any) -> None:
-        if self._steps and step == self._steps[1]:
-            jax.block_until_ready(wait_for)
-            self.close()
-
-    def close(self) -> None:
-        """Writes what was traced, also of a run that ends before the last of its steps."""
-        if self._on:
-            self._on = False
-            jax.profiler.stop_trace()
-
-
-def evaluation_line(step: int, metrics: dict[str, float]) -> str:
-    """What the terminal says of an evaluation."""
-    ends = tuple(f"/{name}" for name in ("loss", *WATCHED, "reward"))
-    shown = [f"{k} {v:.4f}" for k, v in metrics.items() if k.endswith(ends)]
-    return f"evaluation at step {step}: " + ", ".join(shown)
+def _why(run: Run, found: Diverged, back: int | None, times: int) -> str:
+    saved = "there is no checkpoint" if back is None else f"checkpoint {back} stands"
+    look = f"data preview CONFIG.yaml preview.step={found.step - 1}"
+    hints = ["Lower optim.lr, or look at the step's examples with `posttrain {look}`"]
+    if run.seek is None:
+        look = f"report rollouts {run.folder}"
+    elif times:
+        hints.append(
+            f"The run has gone back {times} times (faults.max_rollbacks): what makes it may be in "
+            "the checkpoint; without its folder the run goes on from the one before"
+        )
+    else:
+        hints.append("faults.on_nonfinite and on_spike can leave such a step out (docs/faults.md)")
+    text = ". ".join(hints).format(look=look)
+    return f"{found}; nothing of it was saved, {saved}. {text}"

@@ -57,12 +57,21 @@ class OfflineSource:
     ):
         self._mesh, self._plan, self._next = mesh, plan, start
         self._rows = local_rows(mesh, plan.micro_rows)
-        self._pipeline = Pipeline(examples, plan, rows=self._rows, start=start, reference=reference)
+        self._read_from = lambda step: Pipeline(
+            examples, plan, rows=self._rows, start=step, reference=reference
+        )
+        self._pipeline, self._waited = self._read_from(start), 0.0
 
     @property
     def waited(self) -> float:
         """Seconds that next() stood still because no batch was ready."""
-        return self._pipeline.seconds_waited
+        return self._waited + self._pipeline.seconds_waited
+
+    def seek(self, step: int) -> None:
+        """Goes on with the batch after `step` updates."""
+        self._waited = self.waited
+        self._pipeline.close()
+        self._pipeline, self._next = self._read_from(step), step
 
     @property
     def ahead(self) -> int:
@@ -82,7 +91,8 @@ class OfflineSource:
     def told(self) -> Told:
         """Of the batch given last: what the plan says of it."""
         step = self._next - 1
-        return Told(step_size(self._plan, step), self._plan.epochs_after(step))
+        size, ids = step_size(self._plan, step), self._plan.examples(step)
+        return Told(size, self._plan.epochs_after(step), examples=ids)  # pyright: ignore[reportArgumentType]
 
     def save(self, step: int) -> Mapping[str, Any]:
         """Nothing: the number of the step says it all."""

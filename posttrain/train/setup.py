@@ -220,6 +220,9 @@ def _train(
         evaluate=_evaluation(parts, held_out, references, frozen) if held_out else None,
         eval_every=cfg.eval.every,
         tokens_before=sum(step_size(plan, k).tokens for k in range(start)),
+        faults=cfg.faults,
+        began=began,
+        seek=source.seek,
     )
     try:
         state, preempted = loop.train(run, state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,12 +17,14 @@ class Told:
     epochs: passes over the data, or prompts, that are seen once the step is done. metrics: what
     only the source knows. apart: seconds that making the batch took beside the training, where
     devices had other work (sampling); no rate of the training counts them.
+    examples: their ids in the prepared data, where that is where they are from.
     """
 
     size: StepSize
     epochs: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     apart: float | None = None
+    examples: Sequence[int] = ()
 
 
 class Stopped(Exception):
