@@ -21,7 +21,7 @@ from posttrain.plan.hlo import Computation, Instruction, Module, Shape
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "partition-id", "replica-id", "iota", "optimization-barrier"),
-    *("async-start", "async-update", "async-done", "copy-done", "all-gather-done"),
+    *("async-start", "async-update", "async-done", "copy-done", "slice-done", "all-gather-done"),
     *("all-reduce-done", "collective-permute-done", "send-done", "recv-done", "add-dependency"),
 }
 """Operations that move nothing, or whose bytes were counted with another."""
