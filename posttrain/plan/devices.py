@@ -58,6 +58,8 @@ def devices_of(name: str) -> list[Any]:
         os.environ.setdefault(key, value)
     import jax
 
+    if name == "cpu":
+        jax.config.update("jax_platforms", "cpu")
     if one is None:
         try:
             return jax.devices(name)

@@ -56,13 +56,14 @@ class Program:
 class Job:
     """What a config's job compiles on a mesh. assumed: lines on what was not known.
 
-    steps: of the run; None: its data say that.
+    rows: of a micro-batch on one device. steps: of the run; None: its data say that.
     """
 
     mesh: jax.sharding.Mesh
     spec: Spec
     programs: tuple[Program, ...]
     assumed: tuple[str, ...]
+    rows: int
     steps: int | None
 
 
@@ -129,8 +130,9 @@ def offline(
         + ("" if example_tokens else " (a full row: --example-tokens N says otherwise)")
         + ", all of them trained"
     )
+    rows = plan.micro_rows // shards
     step_said = (
         f"a step is {plan.rows:,} rows x {seq_len:,} tokens in {cfg.batch.accumulate} "
-        f"micro-batch(es): {plan.micro_rows // shards} row(s) a device at a time"
+        f"micro-batch(es): {rows} row(s) a device at a time"
     )
-    return Job(mesh, model.spec, (program,), (step_said, known), cfg.train.steps)
+    return Job(mesh, model.spec, (program,), (step_said, known), rows, cfg.train.steps)
