@@ -7,6 +7,9 @@ batch makes, a loss of nan and parameters of it, or a loss that is far up.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from posttrain import config
 from posttrain.jobs import rl, sft
 from posttrain.train import goodput, setup, spikes
 from posttrain.train.state import TrainState
+from posttrain.train.watchdog import Watchdog
 from posttrain.types import Mean
 from tests.jobs.runs import Finished, Runner
 
@@ -179,6 +183,39 @@ def test_a_run_goes_back_so_often_and_no_more(
         faulty(ROLLBACK, "faults.max_rollbacks=2", bad=(1, 2, 3), folder=tmp_path)
     steps = [(x["step"], x["action"]) for x in lines(Finished(1, tmp_path), "faults.jsonl")]
     assert steps == [(1, "rollback"), (2, "rollback"), (3, "stop")]
+
+
+def test_a_run_is_watched_and_profiled_when_asked(
+    run_sft: Runner, tiny_sft: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 6 hangs until the watchdog has seen that nothing comes after step 4, the last one whose
+    metrics were read; during step 2 a signal asks for a profile."""
+    make, seen, traced = setup.train_step_fn, threading.Event(), []
+
+    def hangs(*args: Any) -> Step:
+        step = make(*args)
+
+        def train_step(state: TrainState, *others: Any) -> tuple[TrainState, Any]:
+            number = int(state.step) + 1
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if number == 6:
+                assert seen.wait(60)
+            traced.append(number)
+            return step(state, *others)
+
+        return train_step
+
+    def end(_: Watchdog, limit: float, what: str) -> None:
+        if what == "after step 4":
+            seen.set()
+
+    monkeypatch.setattr(setup, "train_step_fn", hangs)
+    monkeypatch.setattr(Watchdog, "_end", end)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: traced.append("on"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("off"))
+    run_sft(*tiny_sft, *KEYS, "faults.watchdog=0.2", "log.profile_steps=2", devices=2)
+    assert traced == [1, 2, "on", 3, 4, "off", 5, 6, 7, 8, 9]
 
 
 def test_learning_online_refuses_to_leave_batches_out() -> None:
