@@ -3,6 +3,7 @@
 A job of a description (docs/launch.md) on a cluster: checked here, then handed to kubectl, gcloud
 or sky. Without an action it is created; --dry-run prints what would be, and needs none of them.
     python -m launch gke configs/launch/qwen3_v6e.yaml --dry-run
+A job whose model's config.json is here is compiled for the slices first (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from launch import BACKENDS, code, job
+from launch import BACKENDS, code, job, planned
 from launch.base import Backend, Launch, Steps, execute, show
 from launch.config import LaunchConfig
 from posttrain.cli import DATA_ERROR, INTERRUPTED, USAGE_ERROR
@@ -22,7 +23,7 @@ ACTIONS = {
     "logs": "what its first host prints, followed",
     "stop": "tells it to save and end, and gives the machines back",
 }
-FLAGS = ("--dry-run", "--show", "--help")
+FLAGS = ("--dry-run", "--no-plan", "--show", "--help")
 
 
 class UsageError(Exception):
@@ -38,6 +39,7 @@ def usage() -> str:
     return (
         f"usage: {(__doc__ or '').strip()}\n\nbackends: {', '.join(BACKENDS)}\n\n"
         f"actions:\n{actions}\n\nflags:\n  --dry-run  print it, do nothing\n"
+        "  --no-plan  do not compile the job for the slices first (posttrain plan)\n"
         f"  --show     print the resolved description\n\nkeys of a description:{keys}"
     )
 
@@ -61,11 +63,7 @@ def rules(cfg: LaunchConfig, backend: Backend) -> list[tuple[str, str]]:
 
 
 def prepare(cfg: LaunchConfig) -> tuple[Launch | None, list[Problem]]:
-    """The job and the code of a description, or all that is wrong with them.
-
-    Compiling ahead of time for the topology belongs here: it needs the job's config and the
-    slice, and adds its complaints to the others.
-    """
+    """The job and the code of a description, or all that is wrong with them."""
     problems: list[Problem] = []
     the_job = the_code = None
     try:
@@ -84,11 +82,16 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _create(cfg: LaunchConfig, backend: Backend, problems: list[Problem]) -> Steps:
+def _create(
+    cfg: LaunchConfig, backend: Backend, problems: list[Problem], *, plans: bool = True
+) -> Steps:
     launch, found = prepare(cfg)
     if problems + found:
         raise ConfigError([*problems, *found])
     assert launch is not None
+    notes, found = planned.plan(launch) if plans else ([], [])
+    if found:
+        raise ConfigError(found)
     steps = backend.create(launch)
     one, said, changed = cfg.slice, launch.code.revision[:12], launch.code.changed
     if changed:
@@ -96,7 +99,7 @@ def _create(cfg: LaunchConfig, backend: Backend, problems: list[Problem]) -> Ste
     times = f"{cfg.slices} x " if cfg.slices > 1 else ""
     size = f"{_count(one.chips, 'chip')}, {_count(one.hosts, 'host')} of {one.chips_per_host}"
     head = (f"{times}{cfg.topology}: {size}", f"code: {said}")
-    for note in (*head, *launch.job.notes, *steps.notes):
+    for note in (*head, *launch.job.notes, *steps.notes, *notes):
         print(f"launch: {note}", file=sys.stderr)
     return steps
 
@@ -127,7 +130,7 @@ def _run(flags: Sequence[str], words: Sequence[str], overrides: Sequence[str]) -
         for key, message in rules(cfg, backend)
     ]
     if action == "create":
-        steps = _create(cfg, backend, problems)
+        steps = _create(cfg, backend, problems, plans="--no-plan" not in flags)
     elif problems:
         raise ConfigError(problems)
     else:
