@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from posttrain.config import ConfigError
-from posttrain.sharding import MeshConfig, make_mesh
+from posttrain.sharding import FSDP_AXES, MESH_AXES, MeshConfig, make_mesh, mesh_shape
 
 COUNT = """
 import os
@@ -55,3 +56,29 @@ def test_slices_are_joined_by_the_data_axis_alone() -> None:
     assert slices == [{0}, {0}, {1}, {1}]
     with pytest.raises(ConfigError, match=r"mesh\.data=1: each of the 2 slices"):
         make_mesh(MeshConfig(), devices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slice_", "laid"),
+    [
+        ({}, (16, 16, 1), (16, 16)),
+        ({"tensor": 4}, (16, 16, 1), (16, 4)),
+        ({"data": 16}, (16, 16, 1), (16, 1)),  # one dim holds them
+        ({}, (4, 8, 1), (8, 4)),
+        ({}, (4, 4, 4), (4, 16)),
+        ({"fsdp_inner": 1}, (4, 4, 1), (16, 1)),
+        ({"fsdp_inner": 2}, (), (4, 2)),
+        ({}, (), (8, 1)),
+    ],
+)
+def test_fsdp_lies_along_one_dim_of_a_slice_after_the_other(
+    sizes: dict[str, int], slice_: tuple[int, ...], laid: tuple[int, int]
+) -> None:
+    shape = mesh_shape(MeshConfig(**sizes), math.prod(slice_) if slice_ else 8, slice_)
+    found = dict(zip(MESH_AXES, shape, strict=True))
+    assert tuple(found[axis] for axis in FSDP_AXES) == laid
+
+
+def test_the_inner_axis_has_a_part_of_fsdp() -> None:
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp_inner=3 does not divide mesh\.fsdp=8"):
+        mesh_shape(MeshConfig(fsdp_inner=3), 8)

@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from posttrain.sharding import BATCH_AXES, batch_shards, partition_spec
+from posttrain.sharding import (
+    BATCH_AXES,
+    all_gather,
+    axes_of,
+    batch_shards,
+    partition_spec,
+    reduce_scatter,
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,8 @@ class _Plan:
     mesh: Any
     dtype: Any  # of the result
     context: str | None  # the axis that rows are cut along, if any
-    fsdp: str | None  # the axis D is cut along, if any
-    tensor: str | None  # likewise V
+    fsdp: tuple[str, ...]  # those that D is cut along
+    tensor: str | None  # that of V
 
     @property
     def rows(self) -> P:
@@ -45,12 +52,11 @@ def look_up(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or tokens_BT.shape[0] % batch_shards(mesh):
-        plan = _Plan(None, jnp.dtype(dtype), None, None, None)
+        plan = _Plan(None, jnp.dtype(dtype), None, (), None)
     else:
-        cut = partition_spec(("vocab", "embed"), table_VD.shape, mesh)
-        cut = (*cut, *partition_spec(("length",), tokens_BT.shape[1:], mesh))
-        tensor, fsdp, context = (axis if axis and mesh.shape[axis] > 1 else None for axis in cut)
-        fsdp = None if gathered else fsdp
+        tensor, fsdp = partition_spec(("vocab", "embed"), table_VD.shape, mesh)
+        (context,) = partition_spec(("length",), tokens_BT.shape[1:], mesh)
+        fsdp = () if gathered else axes_of(fsdp)
         plan = _Plan(mesh, jnp.dtype(dtype), context, fsdp, tensor)
     with jax.named_scope("embedding"):
         found: Any = _look_up(table_VD, tokens_BT, plan)
@@ -59,7 +65,7 @@ def look_up(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _look_up(table_VD: jax.Array, tokens_BT: jax.Array, plan: _Plan) -> Any:
-    table, rows = P(plan.tensor, plan.fsdp), plan.rows
+    table, rows = P(plan.tensor, plan.fsdp or None), plan.rows
     return _mapped(_take, plan, (table, rows), rows)(table_VD, tokens_BT)
 
 
@@ -69,7 +75,7 @@ def _forward(table_VD: jax.Array, tokens_BT: jax.Array, plan: _Plan) -> Any:
 
 def _backward(plan: _Plan, saved: Any, ct_BTD: jax.Array) -> Any:
     table_VD, tokens_BT = saved
-    rows, table = plan.rows, P(plan.tensor, plan.fsdp)
+    rows, table = plan.rows, P(plan.tensor, plan.fsdp or None)
     add = functools.partial(_add, rows=table_VD.shape[0])
     return _mapped(add, plan, (rows, rows), table)(ct_BTD, tokens_BT).astype(table_VD.dtype), None
 
@@ -95,9 +101,7 @@ def _own(tokens_BT: jax.Array, rows: int, plan: _Plan) -> jax.Array:
 
 
 def _take(table: jax.Array, tokens_BT: jax.Array, plan: _Plan) -> jax.Array:
-    table = table.astype(plan.dtype)
-    if plan.fsdp:
-        table = jax.lax.all_gather(table, plan.fsdp, axis=1, tiled=True)
+    table = all_gather(table.astype(plan.dtype), plan.fsdp, 1)
     ids = _own(tokens_BT, table.shape[0], plan)
     found = table.at[ids].get(mode="fill", fill_value=0)
     return jax.lax.psum(found, plan.tensor) if plan.tensor else found
@@ -110,10 +114,9 @@ def _add(ct_BTD: jax.Array, tokens_BT: jax.Array, rows: int, plan: _Plan) -> jax
     zeros = jnp.zeros((rows, ct_BTD.shape[-1]), jnp.float32)
     ids = _own(tokens_BT, rows, plan)
     grad = zeros.at[ids].add(ct_BTD.astype(jnp.float32), mode="drop")
-    if plan.fsdp:
-        grad = jax.lax.psum_scatter(grad, plan.fsdp, scatter_dimension=1, tiled=True)
+    grad = reduce_scatter(grad, plan.fsdp, 1)
     if plan.mesh is None:
         return grad
     others = (*BATCH_AXES, *([plan.context] if plan.context else []))
-    copies = [a for a in others if a != plan.fsdp and plan.mesh.shape[a] > 1]
+    copies = [a for a in others if a not in plan.fsdp and plan.mesh.shape[a] > 1]
     return jax.lax.psum(grad, tuple(copies)) if copies else grad

@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from posttrain.sharding import BATCH_AXES, batch_shards, partition_spec
+from posttrain.sharding import (
+    BATCH_AXES,
+    all_gather,
+    axes_of,
+    batch_shards,
+    partition_spec,
+    reduce_scatter,
+)
 from posttrain.types import TokenOutputs
 
 _NEGATIVE = -1e30  # a padding row's logit: exp gives exactly 0, and no inf - inf
@@ -35,8 +42,8 @@ class _Plan:
     softcap: float | None
     temperature: float
     context: str | None  # the axis that rows are cut along, if any
-    fsdp: str | None  # likewise W's D
-    tensor: str | None  # likewise its V
+    fsdp: tuple[str, ...]  # those that W's D is cut along
+    tensor: str | None  # that of its V
 
     @property
     def rows(self) -> P:
@@ -60,8 +67,7 @@ def trained_targets(segment_ids_BT: jax.Array, loss_weights_BT: jax.Array) -> ja
 
 
 def _gather(w: jax.Array, dtype: Any, plan: _Plan) -> jax.Array:
-    w = w.astype(dtype)
-    return jax.lax.all_gather(w, plan.fsdp, axis=0, tiled=True) if plan.fsdp else w
+    return all_gather(w.astype(dtype), plan.fsdp, 0)
 
 
 def _over_tensor(reduce: Any, x: jax.Array, plan: _Plan) -> jax.Array:
@@ -180,10 +186,9 @@ def _backward(hidden_BTD, w, next_BT, trained_BT, saved, ct, plan: _Plan):  # in
 
     zeros = (jnp.zeros(w_DV.shape, jnp.float32), jnp.zeros_like(h_flat))
     dw, dh = jax.lax.fori_loop(0, _walked(trained_BT, plan), body, zeros)
-    if plan.fsdp:
-        dw = jax.lax.psum_scatter(dw, plan.fsdp, scatter_dimension=0, tiled=True)
+    dw = reduce_scatter(dw, plan.fsdp, 0)
     others = (*BATCH_AXES, *([plan.context] if plan.context else []))
-    copies = [axis for axis in others if axis != plan.fsdp and plan.mesh.shape[axis] > 1]
+    copies = [axis for axis in others if axis not in plan.fsdp and plan.mesh.shape[axis] > 1]
     dw = jax.lax.psum(dw, tuple(copies)) if copies else dw
     dh = _over_tensor(jax.lax.psum, dh, plan)
     return dh.reshape(hidden_BTD.shape), dw.astype(w.dtype)
@@ -206,14 +211,14 @@ def _outputs(hidden_BTD, w, next_BT, trained_BT, plan: _Plan) -> Any:
 
 
 def _outputs_fwd(hidden_BTD, w, next_BT, trained_BT, plan: _Plan):
-    rows, kernel = plan.rows, P(plan.fsdp, plan.tensor)
+    rows, kernel = plan.rows, P(plan.fsdp or None, plan.tensor)
     forward = _shard_map(_forward, plan, (rows, kernel, rows, rows), (rows, rows))
     out, saved = forward(hidden_BTD, w, next_BT, trained_BT)
     return out, (hidden_BTD, w, next_BT, trained_BT, saved)
 
 
 def _outputs_bwd(plan: _Plan, residuals, ct):
-    rows, kernel = plan.rows, P(plan.fsdp, plan.tensor)
+    rows, kernel = plan.rows, P(plan.fsdp or None, plan.tensor)
     specs = (rows, kernel, rows, rows, rows, rows)
     backward = _shard_map(_backward, plan, specs, (rows, kernel))
     dh, dw = backward(*residuals, ct)
@@ -261,7 +266,7 @@ def token_outputs(
             f"{hidden_BTD.shape[0]} rows do not divide over {shards} shards of the mesh"
         )
     kernel = partition_spec(("embed", "vocab"), W_DV.shape, mesh)
-    context = _axis(partition_spec(("length",), tokens_BT.shape[1:], mesh)[0], mesh)
+    (context,) = partition_spec(("length",), tokens_BT.shape[1:], mesh)
     # a shard trains no more tokens than it has positions, of which `budget` knows nothing
     positions = tokens_BT.size // shards // (mesh.shape[context] if context else 1)
     chunk, slots = _layout(min(budget, positions), chunk)
@@ -273,8 +278,8 @@ def token_outputs(
         softcap=softcap,
         temperature=temperature,
         context=context,
-        fsdp=_axis(kernel[0], mesh),
-        tensor=_axis(kernel[1], mesh),
+        fsdp=axes_of(kernel[0]),
+        tensor=kernel[1],
         entropy=entropy,
         correct=correct,
         log_sum_sq=log_sum_sq,
@@ -301,12 +306,6 @@ def _layout(budget: int, chunk: int) -> tuple[int, int]:
     return size, size * chunks
 
 
-def _axis(entry: Any, mesh: jax.sharding.Mesh) -> str | None:
-    """The mesh axis a dim of W is cut along; None where it is whole on every device."""
-    assert entry is None or isinstance(entry, str), entry  # one mesh axis a dim, by the table
-    return entry if entry and mesh.shape[entry] > 1 else None
-
-
 def budget_overflow(
     segment_ids_BT: jax.Array,
     loss_weights_BT: jax.Array,
@@ -317,7 +316,7 @@ def budget_overflow(
 ) -> jax.Array:
     """int32: trained tokens, over all shards, for which token_outputs has no room. 0 = sound."""
     trained = _before(trained_targets(segment_ids_BT, loss_weights_BT))
-    cut = _axis(partition_spec(("length",), trained.shape[1:], mesh)[0], mesh)
+    (cut,) = partition_spec(("length",), trained.shape[1:], mesh)
     parts = mesh.shape[cut] if cut else 1
     counts = trained.reshape(batch_shards(mesh), -1, parts, trained.shape[1] // parts).sum((1, 3))
     return jnp.maximum(counts - _layout(budget, chunk)[1], 0).sum()

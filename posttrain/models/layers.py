@@ -23,7 +23,7 @@ from posttrain.models.attention import ATTENTION, attention
 from posttrain.models.dropout import dropped
 from posttrain.models.quantized import dense
 from posttrain.models.spec import LayerKind, Rope, Spec, Stack
-from posttrain.sharding import LOGICAL_RULES, constrain
+from posttrain.sharding import FSDP_AXES, constrain
 from posttrain.types import Routing
 
 
@@ -41,18 +41,17 @@ def make_param(
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
 
 
-def _without_fsdp(axes: Sequence[str | None]) -> tuple[str | None, ...]:
-    return tuple(None if a is None or "fsdp" in LOGICAL_RULES[a] else a for a in axes)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(w: jax.Array, axes: tuple[str | None, ...]) -> Any:
     """The whole weight from its fsdp shards (tensor shards stay); the ONE place that does it.
 
-    The gradient is pinned to the shards' layout, so that it is reduced and scattered and never
-    kept whole: the transpose of a plain constraint would keep it replicated.
+    A stage for each of FSDP_AXES. The gradient is pinned to each stage's layout on the way back, so
+    that it is summed and scattered and never kept whole: the transpose of a plain constraint would
+    keep it replicated.
     """
-    return constrain(w, _without_fsdp(axes))
+    for stage in reversed(range(len(FSDP_AXES))):
+        w = constrain(w, axes, gathered=FSDP_AXES[stage:])
+    return w
 
 
 def _gather_fwd(w: jax.Array, axes: tuple[str | None, ...]) -> tuple[jax.Array, None]:
@@ -60,7 +59,9 @@ def _gather_fwd(w: jax.Array, axes: tuple[str | None, ...]) -> tuple[jax.Array, 
 
 
 def _gather_bwd(axes: tuple[str | None, ...], _: None, ct: jax.Array) -> tuple[jax.Array]:
-    return (constrain(ct, axes),)
+    for stage in range(len(FSDP_AXES)):
+        ct = constrain(ct, axes, gathered=FSDP_AXES[stage + 1 :])
+    return (ct,)
 
 
 gather.defvjp(_gather_fwd, _gather_bwd)

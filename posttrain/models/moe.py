@@ -29,7 +29,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from posttrain.models.grouped_matmul import grouped_matmul
-from posttrain.sharding import batch_shards, partition_spec
+from posttrain.sharding import (
+    all_gather,
+    axes_of,
+    batch_shards,
+    partition_spec,
+    reduce_scatter,
+)
 from posttrain.types import Routing
 
 EXPERTS = "experts"  # what remat knows the results of the experts' products by
@@ -42,16 +48,16 @@ OUT_AXES = ("experts", "mlp", "embed")  # down
 
 @dataclass(frozen=True)
 class _Axes:
-    """The mesh axes that each thing is cut along; None or () where it is whole."""
+    """The mesh axes that each thing is cut along; () where it is whole."""
 
     tokens: tuple[str, ...] = ()  # rows and positions
-    experts: str | None = None
-    embed: str | None = None  # of all weights
-    mlp: str | None = None
+    experts: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()  # of all weights
+    mlp: tuple[str, ...] = ()
 
     @property
     def weights(self) -> tuple[str, ...]:
-        return tuple(axis for axis in (self.experts, self.embed, self.mlp) if axis)
+        return self.experts + self.embed + self.mlp
 
 
 def moe_mlp(
@@ -75,33 +81,17 @@ def moe_mlp(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x_BTD.shape[0] % batch_shards(mesh):
         return local(x_BTD, real_BT, *weights, axes=_Axes())
-    rows = _cut(("batch", "length"), x_BTD.shape[:2], mesh)
-    inner, outer = _cut(IN_AXES, gate_EDF.shape, mesh), _cut(OUT_AXES, down_EFD.shape, mesh)
-    axes = _Axes(
-        tuple(
-            axis for entry in rows for axis in ([entry] if isinstance(entry, str) else entry or ())
-        ),
-        *inner,
-    )
+    rows = partition_spec(("batch", "length"), x_BTD.shape[:2], mesh)
+    inner = partition_spec(IN_AXES, gate_EDF.shape, mesh)
+    outer = partition_spec(OUT_AXES, down_EFD.shape, mesh)
+    axes = _Axes(axes_of(rows[0]) + axes_of(rows[1]), *map(axes_of, inner))
     mapped = jax.shard_map(
         functools.partial(local, axes=axes),
         mesh=mesh,
-        in_specs=(rows, rows, P(axes.embed), inner, inner, outer),
+        in_specs=(rows, rows, P(inner[1]), inner, inner, outer),
         out_specs=(rows, P()),
     )
     return mapped(x_BTD, real_BT, *weights)
-
-
-def _cut(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> P:
-    """partition_spec without the axes of one device, which cut nothing."""
-    spec = partition_spec(logical, shape, mesh)
-    kept = (tuple(axis for axis in _names(entry) if mesh.shape[axis] > 1) for entry in spec)
-    return P(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The axes of one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _local(
@@ -110,7 +100,7 @@ def _local(
 ) -> tuple[jax.Array, Routing]:  # fmt: skip
     """One device's rows, by its shards of the weights."""
     x = x_BTD.reshape(-1, x_BTD.shape[-1])
-    router = _gather(router, axes.embed, 0)
+    router = all_gather(router, axes.embed, 0)
     weights, ids, routing = route(x, real_BT.reshape(-1), router, chosen, normalised)
     if axes.tokens:
         routing = jax.tree.map(lambda s: jax.lax.psum(s, axes.tokens), routing)
@@ -118,9 +108,9 @@ def _local(
     gathered = (x, weights, ids)
     if axes.experts:
         first = jax.lax.axis_index(axes.experts) * gate.shape[0]
-        gathered = tuple(_gather(a, axes.experts, 0) for a in gathered)
-    gate, up = (_gather(w, axes.embed, 1) for w in (gate, up))
-    down = _gather(down, axes.embed, 2)
+        gathered = tuple(all_gather(a, axes.experts, 0) for a in gathered)
+    gate, up = (all_gather(w, axes.embed, 1) for w in (gate, up))
+    down = all_gather(down, axes.embed, 2)
     # From here on all vary over all axes: of what is the same on several devices, the gradients
     # are summed over them.
     x, weights, ids = (_vary(a, axes.weights, axes.tokens) for a in gathered)
@@ -128,13 +118,8 @@ def _local(
     y = _experts(x, weights, ids, gate, up, down, first)
     if axes.mlp:
         y = jax.lax.psum(y, axes.mlp)
-    if axes.experts:
-        y = jax.lax.psum_scatter(y, axes.experts, scatter_dimension=0, tiled=True)
+    y = reduce_scatter(y, axes.experts, 0)
     return y.reshape(x_BTD.shape), routing
-
-
-def _gather(a: jax.Array, axis: str | None, dim: int) -> jax.Array:
-    return jax.lax.all_gather(a, axis, axis=dim, tiled=True) if axis else a
 
 
 def _vary(a: jax.Array, over: tuple[str, ...], already: tuple[str, ...]) -> jax.Array:

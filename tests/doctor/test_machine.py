@@ -91,7 +91,8 @@ def test_devices_as_they_are(subject: Subject, system: Path) -> None:
     said = found(machine.devices, subject)
     assert not bad(said)
     assert said["devices"].said == "8 x cpu, in 1 process, 8 in this one"
-    assert said["mesh"].said == "data 1 x fsdp 8 x expert 1 x context 1 x tensor 1"
+    said_of_mesh = "data 1 x fsdp 8 x fsdp_inner 1 x expert 1 x context 1 x tensor 1"
+    assert said["mesh"].said == said_of_mesh
 
 
 def test_no_device_is_a_problem_with_jaxs_reason(

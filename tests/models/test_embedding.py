@@ -25,6 +25,7 @@ B, T, V, D = 16, 13, 40, 8  # no other dim is 13: T names activations in the HLO
     [
         ((2, 4, 1), B, V, T),
         ((2, 2, 2), B, V, T),
+        ((1, 4, 2, 1, 1, 2), B, V, T),  # fsdp over two axes
         ((1, 1, 8), B, V, T),
         ((1, 2, 1, 2, 2), B, V, 14),
         ((1, 1, 8), B, V - 3, T),  # the mesh does not divide the vocabulary

@@ -95,7 +95,15 @@ def full_logits_loss(h: jax.Array, w: jax.Array, case: dict[str, np.ndarray]) ->
 @pytest.mark.parametrize(
     ("shape", "columns"),
     # 46 columns are no multiple of 4 or 8: then the head is whole on every device of `tensor`
-    [((1, 1, 1), V), ((2, 4, 1), V), ((2, 2, 2), V), ((1, 1, 8), V), ((1, 1, 8), 46), (CUT, V)],
+    [
+        ((1, 1, 1), V),
+        ((2, 4, 1), V),
+        ((2, 2, 2), V),
+        ((1, 1, 8), V),
+        ((1, 1, 8), 46),
+        (CUT, V),
+        ((1, 4, 2, 1, 1, 2), V),
+    ],  # fsdp over two axes
 )
 def test_gradients_equal_those_of_full_logits(
     case: dict[str, np.ndarray], shape: tuple[int, ...], columns: int

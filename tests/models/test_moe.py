@@ -136,8 +136,15 @@ def grads_on(case: dict[str, np.ndarray], mesh: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    "shape",  # data, fsdp, tensor, expert, context
-    [(1, 1, 1, 1, 1), (1, 2, 2, 2, 1), (1, 1, 1, 8, 1), (1, 1, 1, 2, 4), (8, 1, 1, 1, 1)],
+    "shape",  # data, fsdp, tensor, expert, context, fsdp_inner
+    [
+        (1, 1, 1, 1, 1),
+        (1, 2, 2, 2, 1),
+        (1, 1, 1, 8, 1),
+        (1, 1, 1, 2, 4),
+        (8, 1, 1, 1, 1),
+        (1, 4, 1, 2, 1, 2),
+    ],
 )
 def test_every_mesh_gives_the_same_with_gradients(
     case: dict[str, np.ndarray], gradients: dict[str, Any], shape: tuple[int, ...]

@@ -87,7 +87,7 @@ def test_more_devices_than_heads_give_the_same_weights_loss_and_gradients(
         found = loss_and_grads(model, rows)
     assert_same(found, on_one_device)
     layout = dict(flat_params(model.state))["layers/0/mlp/gate"].sharding.spec
-    assert layout == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    assert layout == jax.sharding.PartitionSpec(None, None, "tensor")
 
 
 @pytest.mark.parametrize("remat", sorted(set(REMAT) - {"none"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,11 @@ MESHES = [(1, 1, 1), (2, 4, 1), (1, 4, 2), (1, 1, 8)]
 
 
 def mesh_of(
-    data: int, fsdp: int, tensor: int, expert: int = 1, context: int = 1
+    data: int, fsdp: int, tensor: int, expert: int = 1, context: int = 1, fsdp_inner: int = 0
 ) -> jax.sharding.Mesh:
-    cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, expert=expert, context=context)
-    return make_mesh(cfg, jax.devices()[: data * fsdp * tensor * expert * context])
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert, "context": context}
+    cfg = MeshConfig(**sizes, fsdp_inner=fsdp_inner)
+    return make_mesh(cfg, jax.devices()[: math.prod(sizes.values())])
 
 
 def write_config(folder: Path, name: str, **changes: Any) -> Path:

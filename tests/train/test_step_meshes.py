@@ -35,9 +35,9 @@ def mixture_alone(folder: Path) -> tuple[dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize(
-    ("mesh_sizes", "batch"),  # data, fsdp, tensor, expert, context
+    ("mesh_sizes", "batch"),  # data, fsdp, tensor, expert, context, fsdp_inner
     [
-        ((1, 2, 2, 2), {}),
+        ((1, 4, 1, 2, 1, 2), {}),
         ((1, 1, 1, 2, 4), {"accumulate": 3}),  # windows of 5 reach into the shard before
     ],
 )
@@ -78,7 +78,9 @@ def test_routers_are_trained_by_their_losses_beside_the_loss(
     assert np.abs(grads["layers"]["0"]["moe"]["router"]).max() > 1e-3
 
 
-def test_rows_cut_over_context_are_rows(folder: Path) -> None:
-    """Pairs in rows of 48 over 8 devices: segments, and what each token predicts, cross them."""
+def test_rows_cut_over_context_and_weights_over_two_axes_change_nothing(folder: Path) -> None:
+    """Pairs in rows of 48 over 8 devices: segments, and what each token predicts, cross them.
+    Weights that 4 devices hold, gathered and scattered 2 by 2, beside a tensor axis."""
     want = step(folder, (1, 1, 1), packing="none")
     assert_same(step(folder, (1, 1, 1, 1, 8)), want)
+    assert_same(step(folder, (1, 4, 2, 1, 1, 2)), want)
