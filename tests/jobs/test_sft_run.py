@@ -29,7 +29,8 @@ def test_nothing_is_compiled_after_step_two(
     write = Writer.write
 
     def counting(self: Writer, step: int, metrics: dict) -> None:
-        at_step[step] = len(lowered)
+        if "loss" in metrics:  # other lines come after a save, which copies the arrays
+            at_step[step] = len(lowered)
         write(self, step, metrics)
 
     monkeypatch.setattr(Writer, "write", counting)
