@@ -1,11 +1,11 @@
 """Compile a config's real programs for machines that are not there: does it fit, what binds it.
 
-Takes any config of sft, preference or reward_model, with its overlays, and compiles that job's
-train step ahead of time, from config.json alone: nothing is allocated, no TPU is needed (libtpu is:
-pip install 'posttrain[tpu]'). Says of one device what it holds, computes and sends, the least time
-of a step by what the chip's makers state, which limit binds, and what that would cost; or, where it
-does not fit, what is needed, what there is and what to change. docs/plan.md says how to read it.
-It leaves out learning online and the sampler.
+Takes any config of sft, preference, reward_model or rl, with its overlays, and compiles that job's
+train step (of rl the critic's too) ahead of time, from config.json alone: nothing is allocated, no
+TPU is needed (libtpu is: pip install 'posttrain[tpu]'). Says of one device what it holds, computes
+and sends, the least time of a step by what the chip's makers state, which limit binds, and what
+that would cost; or, where it does not fit, what is needed, what there is and what to change.
+docs/plan.md says how to read it. It leaves out the sampler's programs, and --search of rl.
 
     posttrain plan configs/sft/llama_messages.yaml --topology v6e:16x16
     posttrain plan configs/sft/llama_messages.yaml --topology v5p-128 --search
@@ -36,7 +36,7 @@ OPTIONS = {
     "--example-tokens": ("N", "mean tokens of an example; without it, each fills a row"),
     "--no-cache": ("", "compile, though a report of the same is there"),
 }
-PLANNED = ("sft", "preference", "reward_model")
+PLANNED = ("sft", "preference", "reward_model", "rl")
 
 
 def run_any(files: Sequence[str], overrides: Sequence[str], given: Mapping[str, str]) -> int:
@@ -54,6 +54,10 @@ def run_any(files: Sequence[str], overrides: Sequence[str], given: Mapping[str, 
     one, tokens = read_topology(given["--topology"]), _number(given, "--example-tokens")
     prices = read_prices(given.get("--prices"))
     devices = devices_of(given["--topology"])  # before jax looks for any by itself
+    if one is not None:
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)  # what has no device is not read
     setup = module.setup_of(cfg) if hasattr(module, "setup_of") else {}
 
     def with_keys(keys: Sequence[str]) -> Config:
@@ -67,6 +71,8 @@ def run_any(files: Sequence[str], overrides: Sequence[str], given: Mapping[str, 
     words += [word for flag, value in given.items() for word in (flag, value) if word]
     out = Path(given["--json"]) if "--json" in given else None
     if "--search" in given or "--smallest" in given:
+        if cfg.job == "rl":
+            raise ConfigError("--search and --smallest know sft, preference and reward_model")
         if one is None:
             raise ConfigError("--search and --smallest are of TPU slices: name one in --topology")
         from posttrain.plan import searching
@@ -81,8 +87,12 @@ def run_any(files: Sequence[str], overrides: Sequence[str], given: Mapping[str, 
         print("\n".join(searching.run_search(cfg, one, setup, **ways)))
         return 0
     del devices
-    found, report = planned(cfg, given["--topology"], setup, tokens, fresh="--no-cache" in given)
-    return _tell(cfg, found, report, one, prices, given, out)
+    fresh, code, number, several = "--no-cache" in given, 0, 0, 1
+    while number < several:
+        found, report = planned(cfg, given["--topology"], setup, tokens, fresh=fresh, number=number)
+        code |= _tell(cfg, found, report, one, prices, given, out if number == 0 else None)
+        number, several = number + 1, report["programs"]
+    return code
 
 
 def _job_of(files: Sequence[str], overrides: Sequence[str]) -> str:
@@ -111,8 +121,9 @@ def planned(
     tokens: int | None = None,
     *,
     fresh: bool = False,
+    number: int = 0,
 ) -> tuple[Any, dict[str, Any]]:
-    """(Compiled or Overflow of the train step, the report as plain values).
+    """(Compiled or Overflow of the job's train step `number`, the report as plain values).
 
     From the store, where it has it and `fresh` is not set.
     """
@@ -122,20 +133,26 @@ def planned(
     from posttrain.plan.devices import devices_of, read_topology
 
     folder = local_folder(cfg.model.path, weights=False)
-    key = store.key_of(cfg, folder, topology, {"tokens": tokens, "setup": str(setup)})
+    key = store.key_of(
+        cfg, folder, topology, {"tokens": tokens, "setup": str(setup), "number": number}
+    )
     if not fresh and (kept := store.read(key)):
         return from_json(kept["program"]), kept | {"kept": True}
-    from posttrain.plan.programs import offline
+    from posttrain.plan.programs import offline, online
 
     devices = devices_of(topology)
-    job = offline(cfg, devices, setup=setup, example_tokens=tokens)
-    found = compile_program(job.programs[0], job.mesh, job.spec, read_topology(topology))
+    if cfg.job == "rl":
+        job = online(cfg, devices)
+    else:
+        job = offline(cfg, devices, setup=setup, example_tokens=tokens)
+    found = compile_program(job.programs[number], job.mesh, job.spec, read_topology(topology))
     report = {
         "topology": topology,
         "devices": len(devices),
         "mesh": {axis: size for axis, size in job.mesh.shape.items() if size > 1},
         "assumed": list(job.assumed),
         "rows": job.rows,
+        "programs": len(job.programs),
         "program": as_json(found),
     }
     store.write(key, report)

@@ -116,6 +116,7 @@ def compile_program(
     stats: Any = compiled.memory_analysis()
     arguments = stats.argument_size_in_bytes
     beside = stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    elsewhere = sum(held[name] for name in program.beside)
     # of a CPU's program XLA's own peak leaves the temporaries out
     peak = stats.peak_memory_in_bytes if platform == "tpu" else arguments + beside
     trained = program.trained if program.trained is not None else {}
@@ -123,9 +124,11 @@ def compile_program(
         held=held,
         gradients=sum(4.0 * local_size(x) for x in jax.tree.leaves(trained)),
         temporaries=float(stats.temp_size_in_bytes),
-        peak=float(peak),
+        peak=float(peak + elsewhere),
         limit=limit,
     )
+    if limit and memory.peak > limit:  # by what the compiler knows nothing of
+        return Overflow(program.name, memory.peak, limit, held)
     windows = [kind.window for kind in spec.kinds]
     return read_text(compiled.as_text(), program, memory, mesh, one, windows, seconds)
 

@@ -53,8 +53,8 @@ def test_what_stands_in_the_way_stops_nothing(launch, monkeypatch, tmp_path):
     assert planned.plan(launch) == (["plan: not made: posttrain: a wrong key"], [])
     (tmp_path / "config.json").unlink()
     assert "config.json is not here" in planned.plan(launch)[0][0]
-    launch.job.name = "rl"
-    assert "not rl" in planned.plan(launch)[0][0]
+    launch.job.name = "rejection"
+    assert "not rejection" in planned.plan(launch)[0][0]
     launch.job.name = "sft"
     monkeypatch.setattr(planned.importlib.util, "find_spec", lambda _: None)
     assert "pip install 'posttrain[tpu]'" in planned.plan(launch)[0][0]

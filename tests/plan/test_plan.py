@@ -11,16 +11,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from posttrain import cli
 from posttrain.config import load
-from posttrain.jobs import sft
+from posttrain.jobs import rl, sft
 from posttrain.plan import store
 from posttrain.plan.assumed import plan_of_a_step
 from posttrain.plan.collectives import Collective
 from posttrain.plan.compiled import Compiled, bytes_of, compile_program
 from posttrain.plan.overflow import Overflow, is_overflow, read_overflow, sentence
-from posttrain.plan.programs import offline
+from posttrain.plan.programs import offline, online
 from posttrain.plan.report import merged
 from tests.plan.tiny import write_config
 
@@ -161,3 +162,37 @@ def test_alike_collectives_are_told_together():
     (both,) = merged((one, two))
     assert (both.times, both.total) == (10, 900.0)
     assert np.isclose(both.wire_bytes, 90)
+
+
+RL = {
+    "job": "rl",
+    "task": {"type": "arithmetic"},
+    "round": {"prompts": 8, "answers": 4, "seq_len": 128, "micro_tokens": 256},
+    "sampling": {"max_new_tokens": 64},
+    "advantage": {"type": "gae"},
+    "critic": {},
+    "kl": {"coef": 0.1},
+    "train": {"steps": 10},
+}
+
+
+def test_learning_online_plans_both_steps_with_all_that_is_there(tmp_path, capsys):
+    write_config(tmp_path)
+    config = tmp_path / "rl.yaml"
+    config.write_text(yaml.safe_dump(RL | {"model": {"path": str(tmp_path / "model")}}))
+    cfg = load(rl.Config, [config])
+    policy, critic = online(cfg, jax.devices()[:1]).programs
+    assert (policy.name, critic.name) == ("policy's train step", "critic's train step")
+    assert policy.arguments[1].tokens.shape == (16, 2, 128), "32 answers, two rows at a time"
+    assert policy.arguments[1].old_logps is None, "one update of a round"
+    assert policy.arguments[1].reference_logps is not None
+    assert critic.arguments[1].old_values is not None
+    assert set(policy.beside) == {"reference", "critic's parameters", "critic's optimiser"}
+    assert set(critic.beside) == {"reference", "parameters", "optimiser"}
+    out = tmp_path / "out.json"
+    words = ("--topology", "cpu", "mesh.fsdp=8", "--json", str(out))
+    assert plan(str(config), *words) == 0
+    said = capsys.readouterr().out
+    assert said.count("train step, of one device of 8") == 2
+    memory = json.loads(out.read_text())["program"]["memory"]
+    assert memory["peak"] > sum(memory["held"].values())
