@@ -6,6 +6,7 @@
           frozen.json      what it does not train, where it does not train all: a fingerprint
           data.json        which tokens the run is trained on: a hash of the prepared data
           metrics.jsonl  tensorboard/  samples/  export/
+          faults.jsonl  goodput.json  stacks/  trace/      docs/faults.md
           lock             held by the process that trains in the folder
 
 A run_dir gs://BUCKET/.. is worked in as posttrain/mirror.py says.
