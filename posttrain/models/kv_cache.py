@@ -50,9 +50,9 @@ def cut(slots: int) -> list[tuple[int, int]]:
     return found
 
 
-def to_cache(x_BPKH: jax.Array, lengths_B: jax.Array, window: int | None, dim: int) -> jax.Array:
-    """Keys or values of whole prompts as a cache holds them, in one piece: the first P of its
-    slots, or the whole ring.
+def to_cache(x_BPKH: jax.Array, lengths_B: jax.Array, window: int | None, dim: int) -> Pieces:
+    """Keys or values of whole prompts as a cache holds them: the first P of its slots, or the whole
+    ring.
 
     lengths_B: how many of the positions are real. dim: KEYS or VALUES.
     """
@@ -62,7 +62,8 @@ def to_cache(x_BPKH: jax.Array, lengths_B: jax.Array, window: int | None, dim: i
         last = lengths_B[:, None] - 1
         held = last - (last - jnp.arange(slots)) % slots  # the last position that falls on a slot
         x_BPKH = jnp.take_along_axis(x_BPKH, jnp.maximum(held, 0)[:, :, None, None], axis=1)
-    return constrain(jnp.moveaxis(x_BPKH, 1, dim), AXES)
+    x, before = constrain(jnp.moveaxis(x_BPKH, 1, dim), AXES), (slice(None),) * dim
+    return tuple(x[*before, start : start + size] for start, size in cut(slots))
 
 
 def write(pieces: Pieces, x_B1KH: jax.Array, at_B: jax.Array, dim: int) -> Pieces:

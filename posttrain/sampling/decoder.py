@@ -54,8 +54,7 @@ class Static:
 class Rows:
     """What is known of prompts that were read, or of slots: all that decoding goes on from."""
 
-    caches: tuple[tuple[Any, Any], ...]  # keys, values of each layer (models/kv_cache.py); what
-    # was read is in one piece, what is in slots in several
+    caches: tuple[tuple[Any, Any], ...]  # keys, values of each layer (models/kv_cache.py)
     logits: jax.Array  # float32 [B, V], of the next token
     seen: jax.Array  # uint8 [B, V], of each token (sampler.py)
 
@@ -164,7 +163,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(tokens_RP.shape[1]), tokens_RP.shape)
     real = positions < lengths_R[:, None]
     own = segment_attend(network.spec, real.astype(jnp.int32), "auto")
-    caches: dict[int, tuple[jax.Array, jax.Array]] = {}
+    caches: dict[int, tuple[kv_cache.Pieces, kv_cache.Pieces]] = {}
 
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array, kind: LayerKind) -> jax.Array:
         kept = functools.partial(kv_cache.to_cache, lengths_B=lengths_R, window=kind.window)
@@ -222,7 +221,7 @@ def grown(rows: Rows, length: int, spec: Spec) -> Rows:
 
 @functools.partial(jax.jit, donate_argnames="rows")
 def place(rows: Rows, read: Rows, moves: jax.Array, counts: jax.Array) -> Rows:
-    """Puts prompts that were read into slots; one prompt may go into many.
+    """Puts prompts that were read into slots, or what is in other slots; one may go into many.
 
     moves: int32 [shards, n, 2], (slot of the shard, row of `read`) of the slots that each block of
     slots gets; counts: int32 [shards], how many of them are meant.
@@ -244,22 +243,18 @@ def place(rows: Rows, read: Rows, moves: jax.Array, counts: jax.Array) -> Rows:
             one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), read)
 
             def put(old: jax.Array, new: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_update_slice(old, new, (slot,) + (0,) * (old.ndim - 1))
+                """A prompt may be padded beyond what a slot has room for."""
+                fits = new[tuple(map(slice, old.shape))]
+                return jax.lax.dynamic_update_slice(old, fits, (slot,) + (0,) * (old.ndim - 1))
 
-            def put_all(pieces: kv_cache.Pieces, new: jax.Array, dim: int) -> kv_cache.Pieces:
-                """A prompt may be padded beyond what a slot has room for, or not reach a piece."""
-                places = kv_cache.cut(sum(piece.shape[dim] for piece in pieces))
-                before = (slice(None),) * dim
-                parts = [new[*before, start : start + size] for start, size in places]
-                return tuple(
-                    put(old, part) if part.shape[dim] else old
-                    for old, part in zip(pieces, parts, strict=True)
-                )
+            def put_all(old: kv_cache.Pieces, new: kv_cache.Pieces) -> kv_cache.Pieces:
+                """Either may have more pieces than the other: in those there is nothing to keep."""
+                return (*map(put, old, new), *old[len(new) :])
 
             return Rows(
                 tuple(
-                    (put_all(keys, k, KEYS), put_all(values, v, VALUES))
-                    for (keys, values), (k, v) in zip(rows.caches, one.caches, strict=True)
+                    tuple(map(put_all, mine, its))
+                    for mine, its in zip(rows.caches, one.caches, strict=True)
                 ),
                 put(rows.logits, one.logits),
                 put(rows.seen, one.seen),

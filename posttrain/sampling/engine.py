@@ -4,7 +4,8 @@ A prompt is read once, however many completions share it, in a program of its ow
 two that prompts are padded to; what was read is copied into the slots of its completions, and one
 program draws tokens in all slots, many steps between two looks of the host. Slots, the rows of a
 prefill and the chunks of a cache have shapes that no request changes, and no operation joins two
-rows: what a sequence gets depends, to the bit, on itself alone.
+rows: what a sequence gets depends, to the bit, on itself alone. On a CPU with a small model, slots
+are decoded in groups, several at once (Engine._groups).
 
 On several hosts each runs the same schedule: tokens and log-probs come back the same to all, and
 nothing else (no clock, no thread) is asked. Requests, and what on_done gives back, must be the same
@@ -13,7 +14,12 @@ on all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -36,6 +42,19 @@ SHORTEST = 32
 """Prompts are padded to at least this many tokens."""
 READ_TOGETHER = 256
 """Tokens that each block of slots reads at once, of prompts that are shorter."""
+GROUP = 8
+"""Slots of a group where there are several (see Engine._groups)."""
+CACHED = 16 * 2**20
+"""Bytes of weights that a CPU is taken to hold in its cache."""
+
+
+@dataclass
+class _Group:
+    """Slots that are decoded together."""
+
+    slots: range
+    rows: Any = None  # decoder.Rows, from the first prompt on
+    room: int = 0  # tokens of each slot
 
 
 class Engine:
@@ -57,10 +76,23 @@ class Engine:
         leaves = jax.tree.leaves(nnx.state(model))
         self.spec, self.mesh, self._dtype = model.spec, leaves[0].sharding.mesh, model.compute.dtype
         self._shards = batch_shards(self.mesh)
-        self.slots = -(-slots // self._shards) * self._shards
         self._length, self._tokenizer = length, tokenizer
         self._graph = nnx.graphdef(model)
         self._weights, self._static = self._unstacked(model)
+        groups = self._groups(slots)
+        self._size = -(-slots // (groups * self._shards)) * self._shards
+        self.slots = self._size * groups
+
+    def _groups(self, slots: int) -> int:
+        """How many groups the slots are decoded in, each apart from the others.
+
+        One, but on a CPU that holds the weights in its cache: rows gain nothing there from being
+        multiplied together, few are seldom all done or all waiting for the longest, and several
+        groups keep several cores busy.
+        """
+        held = sum(weight.nbytes for weight in self._weights)
+        alone = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+        return -(-slots // GROUP) if alone and held <= CACHED else 1
 
     @property
     def context(self) -> int:
@@ -122,33 +154,36 @@ class Engine:
     def _run(
         self, schedule: Schedule, stride: int, on_done: OnDone | None, on_token: OnToken | None
     ) -> None:
-        length = self._room(schedule)
-        rows = decoder.empty(self.slots, length, self.spec, self._dtype)
-        while schedule.unfinished():
-            if (needed := self._room(schedule)) > length:
-                length = needed
-                rows = decoder.grown(rows, length, self.spec)
-            rows = self._fill(schedule, rows)
-            slots, uses = _said_of(schedule.active)
-            # while others wait, the host looks as soon as an eighth of the slots is free, or two
-            enough = max(2, -(-self.slots // 8))
-            floor = int(slots.live.sum()) - enough if schedule.waiting else 0
-            longest = int(slots.lengths[slots.live].max()) + stride
-            rows, found = decoder.decode(
-                self._weights,
-                rows,
-                slots,
-                uses,
-                np.int32(max(floor, 0)),
-                np.int32(longest),
-                stride=stride,
-                static=self._static,
-            )
-            tokens, logps, plain = jax.device_get(found)
-            for request in schedule.take(tokens, logps, plain, on_done, on_token):
-                wrong = self._refusals(request) + ["n is not 1"] * (request.n != 1)
-                if wrong:
-                    raise ValueError(f"a request that on_done gave back: {'; '.join(wrong)}")
+        """Groups take turns in one order; while one is looked at, others are decoded. A group that
+        the others have room for ends, if they keep all cores busy."""
+        starts = range(0, self.slots, self._size)
+        resting = [_Group(range(start, start + self._size)) for start in starts]
+        decoded: deque[tuple[_Group, Callable[[], Any]]] = deque()
+        room, cores = 0, os.cpu_count() or 1
+        with ThreadPoolExecutor(cores) as pool:
+            while schedule.unfinished():
+                room = max(room, self._room(schedule))
+                for group in tuple(resting):
+                    if len(decoded) >= cores:
+                        free = sum(len(schedule.free(other.slots)) for other, _ in decoded)
+                        if schedule.wanted(group.slots, free) <= free:
+                            schedule.set_aside(group.slots, group.rows)
+                            group.rows = None
+                            continue
+                    self._fill(schedule, group, room)
+                    if schedule.live(group.slots):
+                        resting.remove(group)
+                        step = functools.partial(self._decode, *self._said(schedule, group, stride))
+                        # one group alone stays in this thread: it may be one of several processes'
+                        now = self._size == self.slots
+                        decoded.append((group, step if now else pool.submit(step).result))
+                group, wait = decoded.popleft()
+                group.rows, found = wait()
+                resting.insert(0, group)
+                for request in schedule.take(group.slots, *found, on_done, on_token):
+                    wrong = self._refusals(request) + ["n is not 1"] * (request.n != 1)
+                    if wrong:
+                        raise ValueError(f"a request that on_done gave back: {'; '.join(wrong)}")
 
     def _room(self, schedule: Schedule) -> int:
         """Tokens that slots must have room for: a multiple of CHUNK, one of a few numbers."""
@@ -160,19 +195,41 @@ class Engine:
         )
         return min(bucket(max(asked, default=1), CHUNK), most)
 
-    def _fill(self, schedule: Schedule, rows: decoder.Rows) -> decoder.Rows:
-        """Reads prompts and puts them in slots, while some wait and slots are free."""
-        each = self.slots // self._shards
-        while schedule.waiting and schedule.free():
+    def _fill(self, schedule: Schedule, group: _Group, room: int) -> None:
+        """Reads prompts and puts them in the group's slots, while some wait and slots are free."""
+        each = self._size // self._shards
+        while schedule.waiting and schedule.free(group.slots):
+            if group.rows is None:
+                group.rows = decoder.empty(self._size, room, self.spec, self._dtype)
+            elif group.room < room:
+                group.rows = decoder.grown(group.rows, room, self.spec)
+            group.room = room
             if (read := schedule.waiting[0].read) is None:
                 read = self._read(schedule)
             table, counts = np.zeros((self._shards, each, 2), np.int32), [0] * self._shards
-            for slot, row in schedule.place(read):
-                shard = slot // each
-                table[shard, counts[shard]] = slot % each, row
+            for slot, row in schedule.place(read, group.slots):
+                shard, place = divmod(slot - group.slots.start, each)
+                table[shard, counts[shard]] = place, row
                 counts[shard] += 1
-            rows = decoder.place(rows, read, table, np.array(counts, np.int32))
-        return rows
+            group.rows = decoder.place(group.rows, read, table, np.array(counts, np.int32))
+
+    def _said(self, schedule: Schedule, group: _Group, stride: int) -> tuple[Any, ...]:
+        """The arguments of _decode for a group that has live slots."""
+        slots, uses = _said_of([schedule.active[i] for i in group.slots])
+        # while others wait, the host looks as soon as an eighth of the slots is free, or three
+        enough = max(3, -(-self._size // 8))
+        floor = int(slots.live.sum()) - enough if schedule.waiting else 0
+        longest = int(slots.lengths[slots.live].max()) + stride
+        return group.rows, slots, uses, np.int32(max(floor, 0)), np.int32(longest), stride
+
+    def _decode(self, rows: Any, *said: Any) -> tuple[decoder.Rows, list[np.ndarray]]:
+        """(the group's rows, what was drawn), once it was."""
+        slots, uses, floor, longest, stride = said
+        with jax.set_mesh(self.mesh):  # a thread's own
+            rows, found = decoder.decode(
+                self._weights, rows, slots, uses, floor, longest, stride=stride, static=self._static
+            )
+            return rows, jax.device_get(found)
 
     def _read(self, schedule: Schedule) -> decoder.Rows:
         """Reads the prompts that come next."""

@@ -6,8 +6,9 @@ that see the same decide the same.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,17 +24,6 @@ OnToken = Callable[[int, int, int], None]
 def bucket(n: int, least: int) -> int:
     """The next power of two, at least `least`."""
     return max(least, 1 << (n - 1).bit_length())
-
-
-@dataclass
-class Ask:
-    """A prompt and those of its completions that have no slot yet."""
-
-    index: int
-    whichs: deque[int]
-    request: Request
-    read: Any = None  # what prefill made of the prompt
-    row: int = 0  # in it
 
 
 class StopText:
@@ -84,6 +74,18 @@ class Active:
         return "length" if self.length == self.end else None
 
 
+@dataclass
+class Ask:
+    """A prompt and those of its completions that have no slot yet."""
+
+    index: int
+    whichs: deque[int]
+    request: Request
+    read: Any = None  # what prefill made of the prompt
+    row: int = 0  # in it
+    begun: Active | None = None  # of a completion that had a slot before
+
+
 class Schedule:
     """What waits, what is in the slots, what is done."""
 
@@ -93,15 +95,32 @@ class Schedule:
         self._done: list[list[Completion | None]] = [[None] * r.n for r in requests]
         self._tokenizer = tokenizer
 
-    def live(self) -> Iterator[tuple[int, Active]]:
-        """(slot, what is in it)."""
-        return ((i, active) for i, active in enumerate(self.active) if active is not None)
+    def live(self, slots: range) -> list[tuple[int, Active]]:
+        """(slot, what is in it) of those among `slots`."""
+        return [(i, active) for i in slots if (active := self.active[i]) is not None]
 
-    def free(self) -> list[int]:
-        return [i for i, active in enumerate(self.active) if active is None]
+    def free(self, slots: range) -> list[int]:
+        return [i for i in slots if self.active[i] is None]
+
+    def wanted(self, slots: range, most: int) -> int:
+        """How many completions are in these slots or wait for one; beyond `most`, some number."""
+        found = len(self.live(slots))
+        for ask in self.waiting:
+            if found > most:
+                break
+            found += len(ask.whichs)
+        return found
+
+    def set_aside(self, slots: range, rows: Any) -> None:
+        """What is in these slots, and in `rows` on device, waits for others."""
+        for slot, active in self.live(slots):
+            row = slot - slots.start
+            which = deque([active.which])
+            self.waiting.append(Ask(active.index, which, active.request, rows, row, active))
+            self.active[slot] = None
 
     def unfinished(self) -> bool:
-        return bool(self.waiting) or any(self.live())
+        return bool(self.waiting) or any(active is not None for active in self.active)
 
     def completions(self) -> list[list[Completion]]:
         """Of all requests, once nothing is unfinished."""
@@ -109,47 +128,49 @@ class Schedule:
 
     def to_read(self, width_of: Callable[[int], int], rows: Callable[[int], int]) -> list[Ask]:
         """The prompts to read next, together: the first, and more that are padded to its width, as
-        many as free slots ask for and `rows` says that are read together at this width."""
+        many as `rows` says: what has no slot yet will have one soon."""
         width = width_of(len(self.waiting[0].request.tokens))
-        found: list[Ask] = []
-        wanted = len(self.free())
-        for ask in self.waiting:
-            if wanted <= 0 or len(found) == rows(width):
-                break
-            if ask.read is None and width_of(len(ask.request.tokens)) == width:
-                found.append(ask)
-                wanted -= len(ask.whichs)
-        return found
+        alike = (
+            ask
+            for ask in self.waiting
+            if ask.read is None and width_of(len(ask.request.tokens)) == width
+        )
+        return list(itertools.islice(alike, rows(width)))
 
-    def place(self, read: Any) -> list[tuple[int, int]]:
-        """(slot, row of `read`) of the completions that now get a slot."""
-        free, moves = deque(self.free()), []
+    def place(self, read: Any, slots: range) -> list[tuple[int, int]]:
+        """(slot, row of `read`) of the completions that now get one of `slots`."""
+        free, moves = deque(self.free(slots)), []
         for ask in self.waiting:
             while ask.read is read and ask.whichs and free:
                 slot, which = free.popleft(), ask.whichs.popleft()
-                stop = ask.request.sampling.stop
-                text = StopText(self._tokenizer, stop) if stop and self._tokenizer else None
-                self.active[slot] = Active(ask.index, which, ask.request, text)
+                self.active[slot] = ask.begun or self._begin(ask, which)
                 moves.append((slot, ask.row))
         self.waiting = deque(ask for ask in self.waiting if ask.whichs)
         return moves
 
+    def _begin(self, ask: Ask, which: int) -> Active:
+        stop = ask.request.sampling.stop
+        text = StopText(self._tokenizer, stop) if stop and self._tokenizer else None
+        return Active(ask.index, which, ask.request, text)
+
     def take(
         self,
+        slots: range,
         tokens: np.ndarray,
         logps: np.ndarray,
         plain_logps: np.ndarray,
         on_done: OnDone | None,
         on_token: OnToken | None,
     ) -> list[Request]:
-        """What was drawn: arrays of [slots, steps], token -1 where the slot had ended.
+        """What was drawn in these slots: arrays of [slots, steps], token -1 where one had ended.
 
         Gives the requests that on_done gave back; they wait before all others.
         """
         more: list[Ask] = []
-        for slot, active in list(self.live()):
-            steps = int((tokens[slot] >= 0).sum())
-            row = (x[slot, :steps].tolist() for x in (tokens, logps, plain_logps))
+        for slot, active in self.live(slots):
+            line = slot - slots.start
+            steps = int((tokens[line] >= 0).sum())
+            row = (x[line, :steps].tolist() for x in (tokens, logps, plain_logps))
             for token, logp, plain_logp in zip(*row, strict=True):
                 finish = active.add(token, logp, plain_logp)
                 if on_token:

@@ -329,6 +329,6 @@ def test_cached_attention_is_the_last_row_of_the_whole(
     k, v = (
         to_cache(whole[name], where + 1, window, dim) for name, dim in (("k", KEYS), ("v", VALUES))
     )
-    last = cached_attention(q, (k,), (v,), where, jnp.int32(at + 1), **RULES[rules])
+    last = cached_attention(q, k, v, where, jnp.int32(at + 1), **RULES[rules])
     want = definition(case, **RULES[rules])["forward"][1, at]
     np.testing.assert_allclose(last[0, 0], want, atol=2e-6)

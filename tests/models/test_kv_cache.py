@@ -50,7 +50,7 @@ def test_a_token_sees_what_it_may_and_nothing_else(window: int | None) -> None:
 
     def start(x: np.ndarray, dim: int) -> Any:
         read = to_cache(jnp.asarray(x[:, :PROMPT]), jnp.asarray(READ), window, dim)
-        read = np.moveaxis(np.asarray(read), dim, 0)
+        read = np.moveaxis(np.concatenate(read, dim), dim, 0)
         room = np.full((slots, 3, K, H), 1e3, np.float32)
         room[: len(read)] = read[:slots]
         pieces = (room[at : at + size] for at, size in cut(slots))

@@ -20,6 +20,7 @@ from posttrain.models.spec import ModelConfig
 from posttrain.sampling import decoder
 from posttrain.sampling.engine import Engine
 from posttrain.sampling.request import Completion, Request, Sampling, alike
+from posttrain.sampling.schedule import Schedule
 from tests.models.tiny import mesh_of, open_tiny, write_config
 
 CONFIG = {
@@ -174,6 +175,28 @@ def test_a_sequence_is_the_same_to_the_bit_alone_and_among_others(engine: Engine
     assert [len(found) for found in together] == [request.n for request in requests]
     for i in (0, 3, 5, 8):
         assert engine.generate([requests[i]]) == [together[i]]
+
+
+def test_groups_of_slots_are_decoded_apart_and_end_in_each_other(
+    model: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three groups of 7 on one core, at the end one: what the others held went on in it."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("posttrain.sampling.engine.STRIDE", 2)
+    moved, aside = [], Schedule.set_aside
+    monkeypatch.setattr(
+        Schedule,
+        "set_aside",
+        lambda self, slots, rows: (moved.extend(self.live(slots)), aside(self, slots, rows)),
+    )
+    groups, requests = Engine(model, slots=20), many(20)
+    assert groups.slots == 21
+    together = groups.generate(requests)
+    assert moved
+    for i in (0, 5, 8, 19):
+        assert groups.generate([requests[i]]) == [together[i]]
+    for want, found in zip(engine.generate(requests), together, strict=True):
+        assert [c.tokens for c in found] == [c.tokens for c in want]
 
 
 def test_every_mesh_writes_the_same(folder: Path, engine: Engine) -> None:

@@ -25,16 +25,21 @@ def width(size: int) -> int:
     return bucket(size, 8)
 
 
+def slots(schedule: Schedule) -> range:
+    """All of them."""
+    return range(len(schedule.active))
+
+
 def read(schedule: Schedule, rows: int = 2) -> list[int]:
     """Places what was read, or reads the next prompts and places them: of which requests."""
     if (held := schedule.waiting[0].read) is not None:
-        schedule.place(held)
+        schedule.place(held, slots(schedule))
         return []
     asks = schedule.to_read(width, lambda _: rows)
     table = object()
     for row, ask in enumerate(asks):
         ask.read, ask.row = table, row
-    schedule.place(table)
+    schedule.place(table, slots(schedule))
     return [ask.index for ask in asks]
 
 
@@ -43,27 +48,27 @@ def say(schedule: Schedule, *lines: list[int], **options: Callable) -> list[Requ
     steps = max(map(len, lines))
     tokens = np.array([line + [-1] * (steps - len(line)) for line in lines], np.int32)
     logps = -tokens.astype(np.float32)
-    return schedule.take(tokens, logps, logps / 2, options.get("on_done"), options.get("on_token"))
+    told = options.get("on_done"), options.get("on_token")
+    return schedule.take(slots(schedule), tokens, logps, logps / 2, *told)
 
 
-def test_prompts_of_one_width_are_read_together_as_far_as_slots_are_free() -> None:
+def test_prompts_of_one_width_are_read_together_and_wait_for_slots() -> None:
     schedule = Schedule([prompt(3), prompt(9), prompt(5), prompt(7), prompt(2)], 4, None)
     assert read(schedule) == [0, 2]
-    assert [active.index for _, active in schedule.live()] == [0, 2]
+    assert [active.index for _, active in schedule.live(slots(schedule))] == [0, 2]
     assert read(schedule) == [1]
-    assert read(schedule) == [3]  # of the two that are like it one has a slot to go to
-    assert [ask.index for ask in schedule.waiting] == [4]
-    assert schedule.free() == []
+    assert read(schedule) == [3, 4]  # one of them has a slot to go to
+    assert [(ask.index, ask.row) for ask in schedule.waiting] == [(4, 1)]
+    assert schedule.free(slots(schedule)) == []
 
 
 def test_a_prompt_is_read_once_for_all_its_completions() -> None:
     schedule = Schedule([prompt(3, n=3), prompt(4, n=2)], 2, None)
-    assert read(schedule) == [0]
-    assert [active.which for _, active in schedule.live()] == [0, 1]
+    assert read(schedule) == [0, 1]
+    assert [active.which for _, active in schedule.live(slots(schedule))] == [0, 1]
     say(schedule, [5, 0], [6, 0])
     assert read(schedule) == []
-    assert read(schedule) == [1]
-    assert [(a.index, a.which) for _, a in schedule.live()] == [(0, 2), (1, 0)]
+    assert [(a.index, a.which) for _, a in schedule.live(slots(schedule))] == [(0, 2), (1, 0)]
 
 
 def test_where_completions_end() -> None:
@@ -72,7 +77,7 @@ def test_where_completions_end() -> None:
     told: list[tuple[int, int, int]] = []
     say(schedule, [5, 6], [7, 0], on_token=lambda *args: told.append(args))
     assert told == [(0, 0, 5), (0, 0, 6), (1, 0, 7), (1, 0, 0)]
-    assert [slot for slot, _ in schedule.live()] == [0]
+    assert [slot for slot, _ in schedule.live(slots(schedule))] == [0]
     say(schedule, [8, 9], [])
     assert schedule.completions() == [
         [Completion([5, 6, 8, 9], [-5, -6, -8, -9], [-2.5, -3, -4, -4.5], "length")],
@@ -152,3 +157,27 @@ def test_a_stop_string_is_seen_where_the_same_token_begins_a_character() -> None
     assert [found.push(token) for token in (0, 1)] == [False, True]
     found = StopText(tokenizer, ["漢b"])
     assert [found.push(token) for token in (0, 1, 2, 3)] == [False, False, False, True]
+
+
+def test_what_is_set_aside_goes_on_in_other_slots() -> None:
+    """Slots 0 and 1 are a group, 2 and 3 another: the first ends, what it held goes on."""
+    schedule = Schedule([prompt(3), prompt(3), prompt(3)], 4, None)
+    first, second = range(2), range(2, 4)
+    (ask, *others) = schedule.to_read(width, lambda _: 3)
+    for row, each in enumerate([ask, *others]):
+        each.read, each.row = "prompts", row
+    assert schedule.place("prompts", first) == [(0, 0), (1, 1)]
+    assert schedule.place("prompts", second) == [(2, 2)]
+    drawn = np.array([[7, 0], [5, 6]], np.int32)
+    schedule.take(first, drawn, drawn * 1.0, drawn * 2.0, None, None)
+    assert [slot for slot, _ in schedule.live(first)] == [1]
+    assert schedule.wanted(first, 9) == 1
+    schedule.set_aside(first, "rows of the first")
+    assert schedule.wanted(first, 9) == 1
+    assert schedule.free(first) == [0, 1]
+    assert schedule.place("rows of the first", second) == [(3, 1)]
+    drawn = np.array([[4, 0], [8, 9]], np.int32)
+    schedule.take(second, drawn, drawn * 1.0, drawn * 2.0, None, None)
+    assert not schedule.unfinished()
+    found = [completion.tokens for (completion,) in schedule.completions()]
+    assert found == [[7, 0], [5, 6, 8, 9], [4, 0]]
