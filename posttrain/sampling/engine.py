@@ -180,7 +180,8 @@ class Engine:
                 group, wait = decoded.popleft()
                 group.rows, found = wait()
                 resting.insert(0, group)
-                for request in schedule.take(group.slots, *found, on_done, on_token):
+                tokens, logps, plain = found
+                for request in schedule.take(group.slots, tokens, logps, plain, on_done, on_token):
                     wrong = self._refusals(request) + ["n is not 1"] * (request.n != 1)
                     if wrong:
                         raise ValueError(f"a request that on_done gave back: {'; '.join(wrong)}")
