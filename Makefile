@@ -34,9 +34,10 @@ bench: $(VENV)/$(if $(PEERS),.parity,.dev) $(if $(findstring tunix,$(PEERS)),.ve
 	.venv-tunix/bin/python -m pip install --quiet google-tunix==0.1.7
 	touch $@
 
-# the pages that are written from docstrings
+# the pages that are written from docstrings, and from results
 docs: $(VENV)/.run
 	$(BIN)/python docs/losses.py
+	$(BIN)/python docs/scale.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

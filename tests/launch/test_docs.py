@@ -1,4 +1,5 @@
-"""docs/launch.md: every command runs as written, every manifest fits its schema."""
+"""docs/launch.md: every command runs as written, every manifest fits its schema; the commands of
+docs/scale.md that launch run too."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from tests.launch.schemas import faults
 TEXT = (ROOT / "docs" / "launch.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BASH = "".join(body for kind, body in BLOCK.findall(TEXT) if kind == "bash")
-COMMANDS = BASH.splitlines()
+SCALE = (ROOT / "docs" / "scale.md").read_text()
+COMMANDS = [*BASH.splitlines(), *re.findall(r"^python -m launch .*", SCALE, re.MULTILINE)]
 CONFIGS = sorted((ROOT / "configs" / "launch").glob("*.yaml"))
 HEADER = re.compile(r"^# (command|hardware|time|score) {2,}(\S.*)$", re.MULTILINE)
 
