@@ -55,11 +55,11 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[dev,qlora,math]'
+	$(PIP) --editable '.[dev,qlora,math,tpu]'
 	touch $@ $(VENV)/.run
 
 # torch first and alone: where the index offers a CPU build of it, that one is taken
 $(VENV)/.parity: $(VENV)/.dev
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[dev,qlora,math,parity]'
+	$(PIP) --editable '.[dev,qlora,math,tpu,parity]'
 	touch $@
