@@ -23,7 +23,8 @@ from typing import Any
 from posttrain.config import ConfigError
 
 _NEEDED = ("rounds",)  # the subfolders that a start goes on from
-_STAYS = ("lock",)  # what is this machine's alone
+_STAYS = ("lock", "profile")  # what is this machine's alone; the profiler removes its own
+_NOT_SENT_YET = ("stacks",)  # of a run that hung: it had no time
 _CHUNK = 1 << 24  # bytes that are in memory while a file travels
 _ATTEMPTS = 4
 
@@ -156,9 +157,9 @@ def _stamp(file: Path) -> tuple[int, int]:
 def _empty(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():
-        if entry.is_dir():
+        if entry.is_dir() and entry.name not in _NOT_SENT_YET:
             shutil.rmtree(entry)
-        elif entry.name not in _STAYS:
+        elif entry.is_file() and entry.name not in _STAYS:
             entry.unlink()
 
 

@@ -133,9 +133,11 @@ def planned(
     from posttrain.plan.devices import devices_of, read_topology
 
     folder = local_folder(cfg.model.path, weights=False)
-    key = store.key_of(
-        cfg, folder, topology, {"tokens": tokens, "setup": str(setup), "number": number}
-    )
+    options = {"tokens": tokens, "setup": str(setup), "number": number}
+    if read_topology(topology) is None:  # the devices at hand, which another machine has others of
+        at_hand = devices_of(topology)
+        options |= {"devices": len(at_hand), "kind": at_hand[0].device_kind}
+    key = store.key_of(cfg, folder, topology, options)
     if not fresh and (kept := store.read(key)):
         return from_json(kept["program"]), kept | {"kept": True}
     from posttrain.plan.programs import offline, online

@@ -69,6 +69,7 @@ class Layout:
     def overrides(self) -> list[str]:
         """As key.path=value of the command line."""
         keys = {f"mesh.{axis}": self.sizes[axis] for axis in AXES}
+        keys["mesh.fsdp_inner"] = 0  # by the slice, whatever the config says
         keys |= {"model.remat": self.step.remat, "batch.accumulate": self.step.accumulate}
         keys |= {"train.head_chunk": self.step.head_chunk} if self.step.spec.head == "lm" else {}
         return [f"{key}={value}" for key, value in keys.items()]
@@ -221,7 +222,7 @@ def overlay(layout: Layout, command: str, notes: Sequence[str] = ()) -> str:
     """The YAML of a layout, to lay over the job's config."""
     head = [f"# {line}" for line in (f"Found by: {command}", layout.said, *notes)]
     lines = [f"  {axis}: {layout.sizes[axis]}" for axis in AXES]
-    text = ["mesh:", *lines, "model:", f"  remat: {layout.step.remat}"]
+    text = ["mesh:", *lines, "  fsdp_inner: 0", "model:", f"  remat: {layout.step.remat}"]
     text += ["batch:", f"  accumulate: {layout.step.accumulate}"]
     if layout.step.spec.head == "lm":
         text += ["train:", f"  head_chunk: {layout.step.head_chunk}"]

@@ -13,7 +13,7 @@ from typing import Any
 from posttrain.config import plain_dict
 
 _SOURCES = ("optim.py", "sharding.py", "types.py", "data/plan.py", "data/pipeline.py")
-_SOURCES += ("models/*.py", "losses/*.py", "plan/*.py", "train/s*.py", "train/parts.py")
+_SOURCES += ("models/*.py", "losses/*.py", "plan/*.py", "train/*.py")
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 # keys that no program depends on; others that do not matter cost a compilation, no more
 _IDLE = {"run_dir", "checkpoint", "log", "export", "distributed", "eval", "seed"}

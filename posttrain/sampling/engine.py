@@ -79,7 +79,6 @@ class Engine:
         self._length, self._tokenizer = length, tokenizer
         self._graph = nnx.graphdef(model)
         self._weights, self._static = self._unstacked(model)
-        self._compiled: set[tuple[int, int]] = set()  # rooms and strides
         groups = self._groups(slots)
         self._size = -(-slots // (groups * self._shards)) * self._shards
         self.slots = self._size * groups
@@ -175,10 +174,8 @@ class Engine:
                     if schedule.live(group.slots):
                         resting.remove(group)
                         step = functools.partial(self._decode, *self._said(schedule, group, stride))
-                        # one group alone stays in this thread: it may be one of several processes';
-                        # so does what is compiled, once and not in each thread
-                        now = self._size == self.slots or (group.room, stride) not in self._compiled
-                        self._compiled.add((group.room, stride))
+                        # one group alone stays in this thread: it may be one of several processes'
+                        now = self._size == self.slots
                         decoded.append((group, step if now else pool.submit(step).result))
                 group, wait = decoded.popleft()
                 group.rows, found = wait()

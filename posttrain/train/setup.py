@@ -89,7 +89,9 @@ def _run(
         if head == "score" and cfg.export:  # what the export would refuse, before training
             parts.model.tokenizer.padding_apart(parts.model.chat.stop_ids)
         cache = parts.prepare(cfg.data, "data.sources")
-        agree({"data": cache.content}, cfg.distributed.join_seconds)
+        # others may copy the prepared data from a store meanwhile
+        limit = max(cfg.distributed.join_seconds, 60 * cfg.data.wait_minutes)
+        agree({"data": cache.content}, limit)
         checkpoint.same_data(cfg.run_dir, cache.content, resuming)
         steps, epochs = cfg.train.steps, cfg.train.epochs or 1
         length = {"steps": steps} if steps else {"epochs": epochs}
