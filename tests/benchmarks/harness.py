@@ -84,8 +84,8 @@ def measure(
 
 
 def _clean_environment() -> dict[str, str]:
-    """Without what pytest's own process was given for the tests: devices, compile cache."""
-    mine = ("JAX_", "XLA_", "PYTEST_", "OMP_")
+    """Without what the process of pytest was given for tests: devices, threads, compile cache."""
+    mine = ("JAX_", "XLA_", "PYTEST_", "OMP_", "NPROC")
     return {k: v for k, v in os.environ.items() if not k.startswith(mine)}
 
 
