@@ -95,8 +95,10 @@ def opened(cfg: Any, local: Path) -> Iterator[Any]:
     try:
         yield cfg.model_copy(update={"run_dir": local})
     finally:
-        push(local)
-        del _kept[local]
+        try:
+            push(local)
+        finally:
+            del _kept[local]
 
 
 def home_of(run_dir: Path) -> Any:

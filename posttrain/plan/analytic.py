@@ -96,6 +96,8 @@ class Step:
     """Positions of a row."""
     accumulate: int = 1
     """Micro-batches."""
+    together: int = 1
+    """Rows that no two micro-batches may share: the sides of a pair, which are two."""
     remat: RematName = "full"
     trained: float = 1.0
     """Share of the positions that the vocabulary head sees."""

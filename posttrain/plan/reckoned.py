@@ -11,7 +11,7 @@ from posttrain.models.spec import Spec
 from posttrain.plan.analytic import Step, weights_of
 from posttrain.plan.assumed import plan_of_a_step
 from posttrain.train.config import ReferenceSync
-from posttrain.types import DataKind
+from posttrain.types import EXAMPLES_OF, DataKind
 
 
 def step_of(
@@ -43,6 +43,7 @@ def step_of(
         rows=plan.rows,
         length=length,
         accumulate=cfg.batch.accumulate,
+        together=EXAMPLES_OF[kind],
         remat=cfg.model.remat,
         head_chunk=cfg.train.head_chunk,
         param_bytes=param_bytes,

@@ -105,7 +105,7 @@ def explore(step: Step, one: Slice) -> Found:
     too_large: list[Layout] = []
     refused: dict[str, int] = {}
     experts = max(kind.experts for kind in step.spec.kinds)
-    splits = [n for n in range(1, step.rows + 1) if step.rows % n == 0]
+    splits = [n for n in range(1, step.rows + 1) if step.rows % (n * step.together) == 0]
     room = one.chip.hbm_gib * GIB
     chunks = sorted({*CHUNKS, step.head_chunk}, reverse=True)
     chunks = chunks if step.spec.head == "lm" else [step.head_chunk]

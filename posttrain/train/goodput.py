@@ -27,7 +27,7 @@ from pathlib import Path
 
 FILE = "goodput.json"
 EVERY = 30.0  # seconds between two writes
-KINDS = (*("steps", "sampling", "compile", "data", "save", "evaluation", "setup", "lost", "down"),)
+KINDS = ["steps", "sampling", "compile", "data", "save", "evaluation", "setup", "lost", "down"]
 GOOD = ("steps", "sampling")
 _MARKS = 100  # checkpoints whose time is remembered
 

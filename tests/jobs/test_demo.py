@@ -23,6 +23,7 @@ from posttrain.report.before_after import (
     show_examples,
     show_rates,
 )
+from tests.jobs.runs import Finished
 
 END, USER = 3, 5
 TINY = {
@@ -58,8 +59,7 @@ def test_every_stage_trains_on_the_one_before_and_exports(finished: Path) -> Non
     stages = (("base", 3, "model"), ("sft", 2, "base"), ("dpo", 2, "sft"), ("rl", 2, "dpo"))
     last = {}
     for stage, steps, start in stages:
-        lines = map(json.loads, (finished / stage / "metrics.jsonl").read_text().splitlines())
-        trained = [line for line in lines if "loss" in line]
+        trained = Finished(0, finished / stage).metrics
         assert [line["step"] for line in trained] == list(range(1, steps + 1))
         for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
             assert (finished / stage / "export" / name).is_file(), (stage, name)

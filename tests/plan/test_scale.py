@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from posttrain.train.loop import PREEMPTED
-from tests.jobs.runs import finish, wait_for_step
+from tests.jobs.runs import Finished, finish, wait_for_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,12 +57,6 @@ def start(line: str, folder: Path, *quick: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, cwd=folder, text=True, **pipes)
 
 
-def steps_of(run: Path) -> list[int]:
-    """Those that metrics.jsonl has a loss of, in its order."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["step"] for line in lines if "loss" in line]
-
-
 @pytest.mark.soak
 def test_the_story_is_told_by_commands_that_run(folder):
     preempted, resumed, talk = STORY
@@ -71,9 +65,9 @@ def test_the_story_is_told_by_commands_that_run(folder):
     wait_for_step(run, 2, running)
     running.send_signal(signal.SIGTERM)
     assert finish([running]) == [PREEMPTED]
-    assert 2 <= len(steps_of(run)) < 8
+    assert 2 <= len(Finished(PREEMPTED, run).metrics) < 8
     assert finish([start(resumed, folder, *QUICK)]) == [0]
-    assert steps_of(run) == list(range(1, 9))
+    assert [line["step"] for line in Finished(0, run).metrics] == list(range(1, 9))
     assert (run / "export" / "config.json").exists()
     talking = start(talk, folder, "max_new_tokens=4", "temperature=0")
     said, _ = talking.communicate(timeout=200)

@@ -24,7 +24,7 @@ from posttrain.plan.search import (
     wire_of,
 )
 from posttrain.plan.topology import Slice, parse
-from tests.plan.llama import ONE, step
+from tests.plan.llama import LLAMA_8B, ONE, step
 
 POD = parse("v6e:16x16")
 
@@ -74,6 +74,21 @@ def test_what_fits_no_device_or_divides_nothing_is_not_ranked_but_told(found):
     assert "tensor=16 does not divide 8 key heads" in found.refused
     assert not any(layout.sizes["tensor"] > 8 for layout in found.fits)
     assert not any(layout.sizes["data"] == 256 for layout in found.fits), "8B whole on each"
+
+
+def test_no_micro_batch_has_one_side_of_a_pair():
+    """8 rows on one device: 4 pairs at the most come one after another."""
+    one = parse("v5e:1x1")
+    small = dataclasses.replace(
+        LLAMA_8B, layers=1, embed=64, mlp=64, vocab_size=128, vocab_rows=128
+    )
+
+    def splits(together: int) -> set[int]:
+        found = explore(step(small, rows=8, length=128, together=together), one)
+        return {layout.step.accumulate for layout in (*found.fits, *found.too_large)}
+
+    assert splits(1) == {1, 2, 4, 8}
+    assert splits(2) == {1, 2, 4}
 
 
 def test_the_best_three_are_compiled_and_the_models_error_is_shown():
